@@ -1,0 +1,61 @@
+"""Batches: any nesting of dicts, lists, tuples and dataclasses around tensors, and streams of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from trainfleet.errors import DataError
+
+Batch: TypeAlias = Any
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """An iterator of batches that can say where it is and resume there."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+def map_arrays(function: Callable[[Any], Any], batch: Batch) -> Batch:
+    """The same nesting with `function` applied to every array; other leaves stay as they are."""
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_arrays(function, value) for key, value in batch.items()}
+        return mapped if type(batch) is dict else type(batch)(**mapped)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_arrays(function, value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_arrays(function, value) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: map_arrays(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **values)
+    return batch
+
+
+def arrays(batch: Batch) -> list[Any]:
+    """Every array of a batch, in a fixed order."""
+    found: list[Any] = []
+    map_arrays(lambda array: found.append(array) or array, batch)  # type: ignore[func-returns-value]
+    return found
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples in a batch: the first dimension of its first array that has one."""
+    for array in arrays(batch):
+        if len(array.shape):
+            return int(array.shape[0])
+    raise DataError(f"A batch of type {type(batch).__name__} holds no array, so its size is unknown.")
+
+
+def to_device(batch: Batch, device: Any) -> Batch:
+    """The batch on `device`; copies from pinned memory do not wait for the device."""
+    return map_arrays(lambda array: array.to(device, non_blocking=True) if hasattr(array, "to") else array, batch)
