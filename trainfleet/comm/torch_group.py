@@ -1,0 +1,184 @@
+"""Group and Links over torch.distributed: NCCL between GPUs, gloo between CPUs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainfleet.comm.environment import RankEnvironment
+from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
+from trainfleet.comm.rendezvous import meet
+from trainfleet.errors import PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# Torch 2.13 renamed it; remove when the oldest torch we take is 2.13.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def init_process_group(environment: RankEnvironment, *, device: str, timeout: timedelta = DEADLINE) -> None:
+    """Make torch's default process group of the ranks of `environment`.
+
+    Tensors in CPU memory travel by gloo, those of a GPU by NCCL. One rank alone opens no port.
+    PeerError or LaunchError says who did not come, or came with other versions; then there is no group.
+    """
+    store = meet(environment, timeout=timeout)
+    gpu = torch.device(device) if device.startswith("cuda") else None
+    with _translated("meeting the other ranks", environment.rank, environment.world_size):
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=store,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+            device_id=gpu,
+        )
+
+
+class TorchGroup:
+    """A `Group` and `Links` over a process group. NumPy arrays travel as tensors that share their memory."""
+
+    def __init__(self, process_group: dist.ProcessGroup, *, name: str = "") -> None:
+        self.process_group = process_group
+        self.name = name
+
+    @property
+    def rank(self) -> int:
+        return self.process_group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.process_group.size()
+
+    def __repr__(self) -> str:
+        return f"TorchGroup({self.name or self.process_group.group_name}, rank {self.rank} of {self.size})"
+
+    def all_reduce_(self, array: Array, op: Reduction = "sum") -> TorchWork:
+        tensor = _tensor(array)
+        with self._translated("all_reduce_"):
+            work = dist.all_reduce(tensor, _OPS[op], group=self.process_group, async_op=True)
+        # gloo has no mean; a sum divided afterwards is the same number on every backend.
+        return self._work(work, "all_reduce_", (lambda: tensor.div_(self.size)) if op == "mean" else None)
+
+    def broadcast_(self, array: Array, source: int = 0) -> TorchWork:
+        with self._translated("broadcast_"):
+            work = dist.broadcast(_tensor(array), group=self.process_group, group_src=source, async_op=True)
+        return self._work(work, "broadcast_")
+
+    def all_gather(self, array: Array) -> list[Array]:
+        tensor = _tensor(array).contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._translated("all_gather"):
+            dist.all_gather(parts, tensor, group=self.process_group)
+        return [_like(array, part) for part in parts]
+
+    def reduce_scatter(self, array: Array, op: Literal["sum", "mean"] = "sum") -> Array:
+        tensor = _tensor(array).contiguous()
+        if tensor.dim() == 0 or len(tensor) % self.size:
+            raise ValueError(f"reduce_scatter over {self.size} ranks cannot cut the shape {tuple(array.shape)}.")
+        part = tensor.new_empty((len(tensor) // self.size, *tensor.shape[1:]))
+        with self._translated("reduce_scatter"):
+            _reduce_scatter(part, tensor, group=self.process_group)
+        return _like(array, part.div_(self.size) if op == "mean" else part)
+
+    def exchange(self, value: Json) -> list[Json]:
+        # Always in CPU memory: waiting for these few bytes must not drain the queue of a GPU.
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(text)
+        self.all_reduce_(lengths).wait()
+        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        padded[: len(text)] = text
+        parts = self.all_gather(padded)
+        return [json.loads(bytes(part[:length].tolist())) for part, length in zip(parts, lengths.tolist(), strict=True)]
+
+    def barrier(self, timeout: timedelta | None = None) -> None:
+        with self._translated("barrier"):
+            # The monitored kind names the ranks that did not come.
+            self.process_group.monitored_barrier(timeout or DEADLINE, True)  # type: ignore[attr-defined]
+
+    def send(self, array: Array, to: int) -> TorchWork:
+        with self._translated("send"):
+            work = dist.isend(_tensor(array).contiguous(), group=self.process_group, group_dst=to)
+        return self._work(work, f"send to {to}")
+
+    def recv_(self, array: Array, source: int) -> TorchWork:
+        with self._translated("recv_"):
+            work = dist.irecv(_tensor(array), group=self.process_group, group_src=source)
+        return self._work(work, f"recv_ from {source}")
+
+    def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:
+        if len(arrays) != self.size:
+            raise ValueError(f"all_to_all over {self.size} ranks got {len(arrays)} arrays; it takes one for each.")
+        tensors = [_tensor(array) for array in arrays]
+        shapes = [sent[self.rank] for sent in self.exchange([list(t.shape) for t in tensors])]
+        counts = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+        received = tensors[0].new_empty(sum(counts))
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        with self._translated("all_to_all"):
+            dist.all_to_all_single(received, flat, counts, [t.numel() for t in tensors], group=self.process_group)
+        return [
+            _like(arrays[0], part.view(shape))
+            for part, shape in zip(torch.split(received, counts), shapes, strict=True)
+        ]
+
+    def _work(self, work: Any, operation: str, finish: Callable[[], object] | None = None) -> TorchWork:
+        return TorchWork(work, self._translated, operation, finish)
+
+    def _translated(self, operation: str) -> Any:
+        return _translated(operation, self.rank, self.size, self.name)
+
+
+class TorchWork:
+    """A collective of torch under way."""
+
+    def __init__(
+        self, work: Any, translated: Callable[[str], Any], operation: str, finish: Callable[[], object] | None
+    ) -> None:
+        self._work = work
+        self._translated = translated
+        self._operation = operation
+        self._finish = finish
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        with self._translated(self._operation):
+            if self._work is not None:
+                self._work.wait() if timeout is None else self._work.wait(timeout)
+        finish, self._finish, self._work = self._finish, None, None
+        if finish is not None:
+            finish()
+
+
+@contextmanager
+def _translated(operation: str, rank: int, size: int, name: str = "") -> Iterator[None]:
+    """What torch raises when a peer is gone or late, as PeerError."""
+    began = time.monotonic()
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as exc:
+        where = f" along {name}" if name else ""
+        cause = str(exc).split("\nException raised from")[0].strip()
+        raise PeerError(
+            f"Rank {rank} of {size}{where}: {operation} failed after {time.monotonic() - began:.1f} s, "
+            f"because a peer is gone, late, or made another call. {cause}",
+            hint="Look at the report of the rank that failed first.",
+        ) from exc
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+
+
+def _like(array: Array, tensor: torch.Tensor) -> Array:
+    return tensor if isinstance(array, torch.Tensor) else tensor.numpy()

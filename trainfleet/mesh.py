@@ -1,0 +1,198 @@
+"""Mesh: the ranks of a run on named axes, one Group per axis."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.comm.environment import RankEnvironment
+from trainfleet.comm.group import DEADLINE, Group
+from trainfleet.errors import LaunchError
+from trainfleet.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
+_made: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
+_made_over: ProcessGroup | None = None
+
+
+class Mesh:
+    """The ranks of a run, laid out row by row over the axes: the last axis varies fastest.
+
+    `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis,
+    `mesh.data_axes` the Group over which gradients are averaged, `mesh.torch` what FSDP2 takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        axes: dict[str, int],
+        rank: int,
+        local_rank: int,
+        device: str,
+        torch: DeviceMesh,
+        groups: dict[str, Group],
+        data_axes: Group,
+        owns_process_group: bool,
+    ) -> None:
+        self.plan_axes = axes
+        """Degree of each axis by name, in order."""
+        self.rank = rank
+        self.local_rank = local_rank
+        self.device = device
+        """`cpu`, or `cuda:0` and so on: the GPU of this rank."""
+        self.torch = torch
+        """The DeviceMesh, with all axes, also those of degree 1."""
+        self.data_axes = data_axes
+        """The Group of all ranks that see different data."""
+        self._groups = groups
+        self._owns_process_group = owns_process_group
+
+    @classmethod
+    def from_env(cls, plan: Plan | None = None, *, device: str | None = None, timeout: timedelta = DEADLINE) -> Mesh:
+        """The mesh of `plan` over the ranks that a launcher started; one rank if none did.
+
+        `device` is `cpu` or `cuda`; None takes GPUs where there are any. Torch's default process group is made
+        here and ended by `close`, unless the program already has one: then that is used and left alone.
+        PlanError where the plan does not fit the number of ranks; PeerError where a rank did not come in time.
+        """
+        import torch.distributed as dist
+
+        from trainfleet.comm.torch_group import TorchGroup, init_process_group
+
+        owns = not dist.is_initialized()
+        environment = RankEnvironment.from_env() if owns else _environment_of_process_group()
+        plan = (plan or Plan()).for_world(environment.world_size)
+        axes = {"dp_replicate": plan.dp_replicate or 1, "dp_shard": plan.dp_shard or 1}
+        device = _device(device, environment, None if owns else dist.get_backend_config())
+        if owns:
+            init_process_group(environment, device=device, timeout=timeout)
+        device_mesh = _device_mesh(device.split(":")[0], axes, timeout)
+        world = dist.group.WORLD
+        assert world is not None
+        return cls(
+            axes=axes,
+            rank=environment.rank,
+            local_rank=environment.local_rank,
+            device=device,
+            torch=device_mesh,
+            groups={name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes},
+            data_axes=TorchGroup(world, name=" x ".join(axes)),
+            owns_process_group=owns,
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.data_axes.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    def __getitem__(self, axis: str) -> Group:
+        if axis not in self._groups:
+            raise KeyError(f"The mesh has no axis {axis!r}; it has {', '.join(self._groups)}.")
+        return self._groups[axis]
+
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{name}={degree}" for name, degree in self.plan_axes.items())
+        return f"Mesh({axes}, rank {self.rank} of {self.world_size} on {self.device})"
+
+    def close(self) -> None:
+        """End the process group if this mesh made it. May be called twice."""
+        if self._owns_process_group:
+            import torch.distributed as dist
+
+            self._owns_process_group = False
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _forget_device_meshes()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _environment_of_process_group() -> RankEnvironment:
+    """The ranks of the process group that the program made itself."""
+    import torch.distributed as dist
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        environment = RankEnvironment.from_env()
+    except LaunchError:
+        environment = RankEnvironment()
+    if (environment.rank, environment.world_size) == (rank, world_size):
+        return environment
+    return RankEnvironment(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+
+
+def _device(wanted: str | None, environment: RankEnvironment, backends: Any) -> str:
+    """The device of this rank. `backends` are those of a process group that stands already."""
+    if wanted not in (None, "cpu", "cuda"):
+        raise LaunchError(f"The device is {wanted!r}; use 'cpu', or 'cuda' (each rank takes its own GPU), or none.")
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    reachable = backends is None or "cuda" in str(backends)
+    if wanted is None and not (torch.cuda.is_available() and reachable):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise LaunchError("The device is 'cuda', but torch sees no GPU here. Use device 'cpu', or look at the driver.")
+    if environment.local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"Rank {environment.rank} is number {environment.local_rank} on its host, which has "
+            f"{torch.cuda.device_count()} GPU(s). Start at most one process a GPU, or use device 'cpu'."
+        )
+    torch.cuda.set_device(environment.local_rank)
+    return f"cuda:{environment.local_rank}"
+
+
+def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> DeviceMesh:
+    """The DeviceMesh of `axes`; an axis that spans all ranks uses the default process group itself."""
+    global _made_over
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if dist.group.WORLD is not _made_over:
+        _forget_device_meshes()
+        _made_over = dist.group.WORLD
+    degrees = tuple(axes.values())
+    key = (device_type, degrees)
+    if key not in _made:
+        ranks = torch.arange(dist.get_world_size(), dtype=torch.int).view(degrees)
+        rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]
+        groups = [_own_group(ranks_of_groups, timeout) for ranks_of_groups in rows]
+        _made[key] = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
+    return _made[key]
+
+
+def _own_group(rows: list[list[int]], timeout: timedelta) -> ProcessGroup:
+    """Of groups of ranks, the one that this rank is in; every rank makes all of them in the same order."""
+    import torch.distributed as dist
+
+    own = dist.group.WORLD
+    assert own is not None
+    if len(rows) > 1:
+        for ranks in rows:
+            made = dist.new_group(ranks, timeout=timeout)
+            if dist.get_rank() in ranks:
+                own = made
+    return own
+
+
+def _forget_device_meshes() -> None:
+    global _made_over
+    _made.clear()
+    _made_over = None

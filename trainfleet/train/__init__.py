@@ -1,0 +1,1 @@
+"""Recipes, the training loop, launching, and proving a run against one process."""
