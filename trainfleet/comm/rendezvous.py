@@ -64,7 +64,7 @@ def _store_at_master(environment: RankEnvironment, timeout: timedelta) -> Store:
     listens = environment.rank == 0 and not environment.agent_store
     try:
         store = TCPStore(address, port, environment.world_size, listens, timeout, wait_for_workers=False)
-    except (dist.DistError, RuntimeError) as exc:
+    except (DistError, RuntimeError) as exc:
         if (listens and "EADDRINUSE" in str(exc)) or "address already in use" in str(exc):
             raise LaunchError(
                 f"Port {port} of this host is in use, so rank 0 cannot listen there.",

@@ -1,0 +1,32 @@
+"""Fixtures of all tests: `ranks(4, function, *args)` runs a function on four processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "cluster"))  # the workers look there for `rank_pool` too
+
+if TYPE_CHECKING:
+    from rank_pool import RankPools
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """Runs `function(*args)` on that many processes with a gloo default process group; see `RankPools`."""
+    pytest.importorskip("torch", reason="several ranks need torch")
+    from rank_pool import RankPools
+
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("cluster")
