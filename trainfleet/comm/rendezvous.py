@@ -56,7 +56,7 @@ def meet(environment: RankEnvironment, *, timeout: timedelta) -> Store:
 
 
 def _store_at_master(environment: RankEnvironment, timeout: timedelta) -> Store:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     address, port = environment.master_addr, environment.master_port
     if (address, port) in _listening:

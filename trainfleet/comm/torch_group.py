@@ -66,6 +66,7 @@ class TorchGroup:
 
     def all_reduce_(self, array: Array, op: Reduction = "sum") -> TorchWork:
         tensor = _tensor(array)
+        _check_reduction(tensor, op)
         with self._translated("all_reduce_"):
             work = dist.all_reduce(tensor, _OPS[op], group=self.process_group, async_op=True)
         # gloo has no mean; a sum divided afterwards is the same number on every backend.
@@ -85,6 +86,7 @@ class TorchGroup:
 
     def reduce_scatter(self, array: Array, op: Literal["sum", "mean"] = "sum") -> Array:
         tensor = _tensor(array).contiguous()
+        _check_reduction(tensor, op)
         if tensor.dim() == 0 or len(tensor) % self.size:
             raise ValueError(f"reduce_scatter over {self.size} ranks cannot cut the shape {tuple(array.shape)}.")
         part = tensor.new_empty((len(tensor) // self.size, *tensor.shape[1:]))
@@ -174,6 +176,13 @@ def _translated(operation: str, rank: int, size: int, name: str = "") -> Iterato
             f"because a peer is gone, late, or made another call. {cause}",
             hint="Look at the report of the rank that failed first.",
         ) from exc
+
+
+def _check_reduction(tensor: torch.Tensor, op: str) -> None:
+    if op not in _OPS:
+        raise ValueError(f"The reduction is {op!r}; use one of {', '.join(_OPS)}.")
+    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"The mean of {tensor.dtype} is no {tensor.dtype}; reduce by 'sum', or convert first.")
 
 
 def _tensor(array: Array) -> torch.Tensor:
