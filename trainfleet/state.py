@@ -6,6 +6,7 @@ read by three, and by a library that knows nothing of the one that wrote them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 class Stateful(Protocol):
     """Anything whose state can be taken and put back.
 
-    The state is a nested mapping whose leaves are `ShardedArray`, NumPy arrays, torch tensors,
-    strings, numbers, booleans and None. `load_state_dict` gets a state of the same structure.
+    The state is a nested mapping whose leaves are `ShardedArray`, `PerRank`, NumPy arrays, torch tensors,
+    strings, bytes, numbers, booleans and None. `load_state_dict` gets a state of the same structure.
+    Leaves that are neither sharded nor per rank are the same on every rank: that of rank 0 stands for all.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -39,6 +41,20 @@ class ShardedArray:
     replica: int = 0
     """Which of several equal copies this is; only copy 0 needs to be stored."""
 
+    def __post_init__(self) -> None:
+        if not len(self.global_shape) == len(self.offsets) == len(self.shape):
+            raise ValueError(
+                f"The piece of {self.name!r} has shape {self.shape} and offsets {self.offsets} in {self.global_shape}; "
+                "all three need one number a dimension."
+            )
+        if 0 not in self.shape:
+            for offset, length, whole in zip(self.offsets, self.shape, self.global_shape):
+                if offset < 0 or offset + length > whole:
+                    raise ValueError(
+                        f"The piece of {self.name!r} at {self.offsets} with shape {self.shape} "
+                        f"does not lie within the whole, {self.global_shape}."
+                    )
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(int(n) for n in self.local.shape)
@@ -47,3 +63,21 @@ class ShardedArray:
     def dtype(self) -> str:
         """Its name without the library: `float32`, `bfloat16`, `int64`."""
         return str(self.local.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """A part of a state that is this rank's own, such as the state of its random generator.
+
+    Every rank's is stored and given back to the rank of the same number, inside a `PerRank` again.
+    A rank that had none when the state was taken keeps what it has.
+    """
+
+    value: Any
+    """A leaf, or a nesting of leaves, but no `ShardedArray`."""
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor; asking does not import torch."""
+    torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
+    return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)

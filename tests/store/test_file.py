@@ -1,0 +1,173 @@
+"""What a store of files does when the file system, or its own process, does not go along."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainfleet.errors import StoreError
+from trainfleet.store import FileStore
+from trainfleet.store import file as file_store
+
+
+def _files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_making_a_store_touches_nothing(tmp_path):
+    store = FileStore(tmp_path / "a" / "b")
+    assert store.names() == []
+    assert _files(tmp_path) == []
+
+
+def test_deleting_the_last_name_removes_its_folder_but_never_the_root(tmp_path):
+    store = FileStore(tmp_path / "root")
+    store.put("a/b/c", b"")
+    store.delete("a/b/c")
+    assert _files(tmp_path) == ["root"]
+    store.put("a/b/c", b"1")
+    assert store.get("a/b/c") == b"1"
+
+
+def test_the_file_is_durable_before_its_name_and_the_name_before_put_returns(tmp_path, monkeypatch):
+    acts = []
+    fsync, replace = os.fsync, os.replace
+    root = tmp_path / "s"
+
+    def watched_fsync(descriptor):
+        acts.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        acts.append(("rename", str(target)))
+        replace(source, target)
+
+    store = FileStore(root)
+    store.put("f/first", b"")
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_replace)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    store.put("f/x", b"abc")
+    assert [act for act, _ in acts] == ["fsync", "rename", "fsync"]
+    assert "unfinished" in acts[0][1]
+    assert acts[1:] == [("rename", str(root / "f" / "x")), ("fsync", str(root / "f"))]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission"),
+        (errno.EIO, "device failed"),
+        (errno.ESTALE, "network file system"),
+        (errno.EBUSY, os.strerror(errno.EBUSY)),
+    ],
+)
+def test_errors_of_the_system_become_sentences_and_leave_no_file(tmp_path, monkeypatch, number, words):
+    store = FileStore(tmp_path)
+    store.put("x", b"old")
+
+    def failing(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StoreError, match=words) as caught:
+        store.put("x", b"new")
+    assert isinstance(caught.value.__cause__, OSError)
+    monkeypatch.undo()
+    assert store.get("x") == b"old"
+    assert _files(tmp_path) == ["x"]
+
+
+def test_a_name_too_long_for_the_file_system_is_said_so(tmp_path):
+    with pytest.raises(StoreError, match="too long"):
+        FileStore(tmp_path).put("x" * 300, b"")
+
+
+def test_a_folder_that_vanished_is_not_made_anew(tmp_path):
+    store = FileStore(tmp_path / "disk")
+    store.put("x", b"")
+    (tmp_path / "disk").rename(tmp_path / "unplugged")
+    for act in (lambda: store.put("y", b""), store.names, lambda: store.delete("x")):
+        with pytest.raises(StoreError, match="vanished"):
+            act()
+    assert not (tmp_path / "disk").exists()
+
+
+def test_a_root_on_another_device_is_refused(tmp_path):
+    store = FileStore(tmp_path)
+    store.put("x", b"")
+    store._device += 1
+    with pytest.raises(StoreError, match="device is gone"):
+        store.put("x", b"")
+
+
+def test_a_full_disk_is_named_and_the_old_bytes_stand(tmp_path):
+    mounted = os.geteuid() == 0 and not subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    if not mounted:
+        pytest.skip("A small file system could not be mounted: that needs root and the right to mount.")
+    try:
+        store = FileStore(tmp_path)
+        store.put("x", b"old")
+        with pytest.raises(StoreError, match="disk is full") as caught:
+            store.put("x", (bytes(100_000) for _ in range(20)))
+        assert "room" in str(caught.value.hint)
+        assert store.get("x") == b"old"
+        assert _files(tmp_path) == ["x"]
+        store.put("x", bytes(500_000))
+    finally:
+        subprocess.check_call(["umount", str(tmp_path)])
+
+
+WRITER = """
+import sys, time
+from trainfleet.store import FileStore
+def chunks():
+    yield b"x" * 3_000_000
+    print("half", flush=True)
+    time.sleep(60)
+FileStore(sys.argv[1]).put("dead/x", chunks())
+"""
+
+
+def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == b"half\n"
+        assert len(list((tmp_path / "dead").iterdir())) == 2
+        assert FileStore(tmp_path).names() == []
+        writers[0].kill()
+        writers[0].wait(10)
+        FileStore(tmp_path).put("y", b"")
+        assert len(list((tmp_path / "dead").iterdir())) == 1
+        writers[1].kill()
+        writers[1].wait(10)
+        FileStore(tmp_path).put("y", b"")
+        assert _files(tmp_path) == ["y"]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait(10)
+            writer.stdout.close()
+
+
+def test_what_another_host_left_is_swept_after_a_day_only(tmp_path):
+    for name, age in (("new", 3600), ("old", 90_000)):
+        path = tmp_path / f"{file_store.UNFINISHED}otherhost-{name}"
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age,) * 2)
+    FileStore(tmp_path).put("y", b"")
+    assert _files(tmp_path) == [f"{file_store.UNFINISHED}otherhost-new", "y"]
