@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import importlib.util
+import math
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainfleet.errors import DependencyError
+from trainfleet.events import Evaluated, RunEnded
+from trainfleet.monitor import curve as module
+from trainfleet.monitor.curve import LossCurve, draw_curve
+from trainfleet.monitor.jsonl import JsonLines
+
+needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is missing")
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", data[16:24])  # type: ignore[return-value]
+
+
+@needs_matplotlib
+def test_the_end_of_a_run_leaves_a_picture(tmp_path: Path, story: Any) -> None:
+    curve = LossCurve(tmp_path / "loss.png")
+    for event in story.run():
+        curve.on_event(event)
+    width, height = size_of(tmp_path / "loss.png")
+    assert 800 < width < 2000 and 500 < height < 1500
+    assert 10_000 < (tmp_path / "loss.png").stat().st_size < 400_000
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+    assert "pyplot" not in " ".join(sys.modules)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0, 1e30])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_odd_losses_still_make_a_picture(tmp_path: Path, story: Any, loss: float, count: int) -> None:
+    curve = LossCurve(tmp_path / "loss.png")
+    curve.on_event(story.started())
+    for step in range(1, count + 1):
+        curve.on_event(story.step(step, loss=loss))
+    curve.on_event(RunEnded(step=count, reason="finished", seconds=1.0, summary={"baseline/odd": loss}))
+    size_of(tmp_path / "loss.png")
+
+
+@needs_matplotlib
+def test_the_picture_holds_training_validation_baselines_and_rate() -> None:
+    rows = [{"step": step, "loss": 5.0 / step, "learning_rate": 0.1} for step in range(1, 21)]
+    rows[9]["validation_loss"] = 0.75
+    figure = draw_curve(rows, baselines={"unigram": 3.29}, title="small")
+    loss_axes, rate_axes = figure.axes
+    assert loss_axes.get_yscale() == "log" and loss_axes.get_title(loc="left") == "small"
+    legend = loss_axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()][2] == "validation: 0.75"
+    assert [text.get_text() for text in loss_axes.texts] == ["unigram 3.29"]
+    assert list(rate_axes.lines[0].get_ydata()) == [0.1] * 20
+
+
+@needs_matplotlib
+def test_a_resumed_run_shows_earlier_steps_too(tmp_path: Path, story: Any) -> None:
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    for event in story.run(1, 20):
+        log.on_event(event)
+    curve = LossCurve(tmp_path / "loss.png")
+    for event in story.run(15, 30):  # from the checkpoint of step 14
+        log.on_event(event)
+        curve.on_event(event)
+    log.close()
+    assert sorted(curve._rows) == list(range(31)) and curve._baselines == {"unigram": 3.29, "trigram": 1.87}
+
+
+@needs_matplotlib
+def test_drawing_takes_at_most_its_share_of_the_run(
+    tmp_path: Path, story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    drawn = []
+
+    class Canvas:
+        def savefig(self, path: Path, **_: Any) -> None:
+            drawn.append(clock[0])
+            clock[0] += 0.5
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(module, "draw_curve", lambda *_, **__: Canvas())
+    curve = LossCurve(tmp_path / "loss.png")
+    curve.on_event(story.started())
+    for step in range(1, 601):  # an evaluation a second
+        clock[0] = max(clock[0], float(step))
+        curve.on_event(Evaluated(step=step, loss=1.0))
+    assert 9 <= len(drawn) <= 12 and len(drawn) * 0.5 <= 0.01 * clock[0]
+
+
+def test_many_points_are_thinned_and_the_last_is_kept() -> None:
+    rows = [{"step": step, "loss": float(step)} for step in range(1, 10_002)]
+    steps, values = module._series(rows, "loss")
+    assert len(steps) <= module.MAX_POINTS and (steps[-1], values[-1]) == (10_001, 10_001.0)
+
+
+def test_the_smoothed_line_does_not_lag_behind_a_straight_one() -> None:
+    values = [float(n) for n in range(200)]
+    assert module._smooth(values)[:190] == pytest.approx(values[:190], abs=1e-9)
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r'pip install "trainfleet\[monitor\]"'):
+        LossCurve(tmp_path / "loss.png")

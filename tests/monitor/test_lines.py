@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+from trainfleet.events import CheckpointFailed, CheckpointSaved, Noted, Restored, RunEnded, SamplesSkipped, Tracked
+from trainfleet.monitor.lines import Lines
+
+
+def printed(*events: Any, log_interval: int = 10) -> list[str]:
+    file = io.StringIO()
+    lines = Lines(file, log_interval=log_interval)
+    for event in events:
+        lines.on_event(event)
+    lines.close()
+    return file.getvalue().splitlines()
+
+
+def test_the_first_the_last_and_each_nth_step_get_a_line(story: Any) -> None:
+    lines = printed(story.started(steps=25), *[story.step(step) for step in range(1, 26)])
+    assert [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step")] == [1, 10, 20, 25]
+
+
+def test_a_step_line_says_loss_speed_memory_and_what_remains(story: Any) -> None:
+    (line,) = printed(story.started(steps=3), story.step(1, loss=2.0))[1:]
+    for word in ("1/3", "loss 2.0000", "smooth 2.0000", "lr 3.00e-04", "grad 0.5", "tokens/s 10240", "samples/s 80.0"):
+        assert word in line
+    assert "memory 412 MB" in line and re.search(r"eta \d:\d\d$", line)
+
+
+def test_columns_stay_below_each_other(story: Any) -> None:
+    lines = printed(story.started(steps=1000), story.step(10, grad_norm=None), story.step(1000, grad_norm=1.23))[1:]
+    assert {line.index("eta") for line in lines} == {lines[0].index("eta")}
+
+
+def test_a_skipped_step_and_starving_are_said(story: Any) -> None:
+    (line,) = printed(story.step(3, skipped=True, loss=math.nan, loss_scale=512.0, data_seconds=0.05), log_interval=100)
+    assert "skipped: overflow at loss scale 512.0" in line and "waits for data 50%" in line and "loss nan" in line
+
+
+def test_an_own_number_gets_a_line_at_most_every_interval(story: Any) -> None:
+    tracked = [Tracked(step=step, name="accuracy", value=step / 100) for step in range(1, 31)]
+    assert printed(story.started(), *tracked)[1:] == [
+        "track      1/40  accuracy 0.01",
+        "track     11/40  accuracy 0.11",
+        "track     21/40  accuracy 0.21",
+    ]
+
+
+def test_what_a_model_generates_cannot_touch_the_terminal() -> None:
+    lines = printed(Noted(step=5, title="generated", text="a\x1b[2J\x07b\r\n\tcé\x9b"))
+    assert lines == ["note        5  generated", "   |  a·[2J·b·", "   |  \tcé·"]
+
+
+def test_a_console_that_knows_only_ascii_is_no_reason_to_fail() -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    Lines(file, log_interval=1).on_event(Noted(step=1, title="é", text="→"))
+    assert raw.getvalue() == b"note        1  ?\n   |  ?\n"
+
+
+def test_saves_restores_and_bad_samples_are_said() -> None:
+    lines = printed(
+        CheckpointSaved(step=5, path="c/5", seconds=0.01),
+        CheckpointFailed(step=6, reason="No space left on device"),
+        Restored(step=5, path="c/5"),
+        SamplesSkipped(count=2, example="a.png"),
+    )
+    assert [line.split()[0] for line in lines] == ["save", "save", "load", "skip"]
+    assert "FAILED: No space left on device" in lines[1]
+
+
+def test_the_end_is_a_table_with_baselines_beside_the_result() -> None:
+    summary = {"validation loss": 1.67131, "baseline/unigram": 3.29, "folder": "runs/x"}
+    lines = printed(RunEnded(step=40, reason="finished", seconds=192.0, summary=summary))
+    assert lines == [
+        "end        40  finished  took 3:12",
+        "   |  validation loss  1.6713",
+        "   |  unigram          3.2900",
+        "   |  folder           runs/x",
+    ]

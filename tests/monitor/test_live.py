@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+from trainfleet.events import Tracked
+from trainfleet.monitor.live import fit_line
+from trainfleet.monitor.progress import Progress
+
+
+def progress_of(story: Any, **fields: Any) -> Progress:
+    progress = Progress()
+    progress.start(story.started(steps=3000))
+    progress.step(story.step(412, **fields))
+    return progress
+
+
+def test_the_line_never_wraps(story: Any) -> None:
+    progress = progress_of(story, loss_scale=65536.0, data_seconds=0.05)
+    progress.track(Tracked(step=412, name="accuracy of the held-out part", value=0.25))
+    for width in range(8, 240):
+        assert fit_line(progress, width=width).cell_len <= width
+
+
+def test_what_matters_least_gives_way_first(story: Any) -> None:
+    progress = progress_of(story)
+    names = ["loss", "tokens/s", "left", "mem", "━", "now", "lr", "grad", "samples/s"]
+    counts = [sum(name in fit_line(progress, width=width).plain for name in names) for width in range(10, 160)]
+    assert counts == sorted(counts) and counts[-1] == len(names)
+    assert all(name in fit_line(progress, width=79).plain for name in names[:5])
+
+
+def test_an_own_number_is_shown_where_there_is_room(story: Any) -> None:
+    progress = progress_of(story)
+    progress.track(Tracked(step=412, name="accuracy", value=0.25))
+    progress.track(Tracked(step=0, name="baseline/unigram", value=3.29))
+    line = fit_line(progress, width=200).plain
+    assert "accuracy 0.25" in line and "unigram" not in line
+
+
+def test_samples_stand_in_where_there_are_no_tokens(story: Any) -> None:
+    line = fit_line(progress_of(story, tokens=8), width=79).plain
+    assert "samples/s 80.0" in line and "tokens/s" not in line
+
+
+def in_terminal(program: str) -> str:
+    """What a program writes to a terminal of its own."""
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(side)
+    output = b""
+    try:
+        while chunk := os.read(main, 65536):
+            output += chunk
+    except OSError:  # the terminal's other side is closed
+        pass
+    assert process.wait(timeout=30) == 0, output
+    return output.decode()
+
+
+def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back() -> None:
+    output = in_terminal(
+        """
+        import sys
+        from trainfleet.events import Evaluated, Noted, RunEnded, RunStarted, StepEnded
+        from trainfleet.monitor.console import Console
+        stdout = sys.stdout
+        console = Console()
+        console.on_event(RunStarted(folder="runs/x", steps=2, start_step=0, world_size=2, parameters=5, plan="zero=2"))
+        for step in (1, 2):
+            console.on_event(StepEnded(step=step, loss=2.0, learning_rate=0.1, grad_norm=None, samples=1, tokens=9,
+                                       seconds=0.1, data_seconds=0.0))
+            print("mine", step)
+        console.on_event(Evaluated(step=2, loss=1.25))
+        console.on_event(Noted(step=2, title="[b]generated", text="[red]x\\x1b[2J"))
+        console.on_event(RunEnded(step=2, reason="finished", seconds=1.0, summary={"validation loss": 1.25}))
+        console.close()
+        console.close()
+        assert sys.stdout is stdout
+        """
+    )
+    for words in (
+        "runs/x",
+        "5 parameters on 2 processes",
+        "mine 1",
+        "mine 2",
+        "2/2",
+        "1.2500",
+        "finished",
+        "[b]generated",
+    ):
+        assert words in output, words
+    assert "[red]x·[2J" in output and "\x1b[2J" not in output
+    assert output.rindex("\x1b[?25h") > output.rfind("\x1b[?25l"), "the cursor is visible"

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from trainfleet.monitor.memory import resident_bytes, used_bytes
+
+
+def test_resident_memory_grows_by_what_is_filled() -> None:
+    before = resident_bytes()
+    block = np.ones(50_000_000, dtype=np.uint8)
+    assert 40e6 < resident_bytes() - before < 80e6
+    assert block[0] == 1
+
+
+def test_a_forked_child_asks_for_itself() -> None:
+    resident_bytes()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        from trainfleet.monitor import memory
+
+        resident_bytes()
+        os.write(writer, str(memory._process.pid == os.getpid()).encode())  # type: ignore[union-attr]
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 10) == b"True"
+
+
+def test_a_device_that_nobody_uses_reports_resident_memory() -> None:
+    assert used_bytes("cuda:0") > 0

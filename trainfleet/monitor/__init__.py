@@ -1,0 +1,1 @@
+"""See what a run does: observers that print, write and draw its events."""

@@ -1,0 +1,58 @@
+"""Where a run is: what the console's two views know, gathered from its events."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from trainfleet.events import Evaluated, RunStarted, StepEnded, Tracked
+from trainfleet.monitor.throughput import Smoothed, Throughput
+
+BASELINE = "baseline/"
+"""Tracked numbers and entries of a summary with this prefix are marks to compare with, not measurements."""
+
+
+class Progress:
+    """The run so far; a new RunStarted begins it again."""
+
+    def __init__(self) -> None:
+        self.steps: int | None = None
+        """Those the run will have taken when it is done; None where nobody said."""
+        self.last: StepEnded | None = None
+        self.loss = Smoothed()
+        self.throughput = Throughput()
+        self.tracked: dict[str, float] = {}
+        self.best_validation = math.inf
+
+    def start(self, event: RunStarted) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.steps = event.steps
+
+    def step(self, event: StepEnded) -> None:
+        self.last = event
+        self.loss.update(event.loss)
+        self.throughput.update(event, now=time.monotonic())
+
+    def track(self, event: Tracked) -> None:
+        if not event.name.startswith(BASELINE):
+            self.tracked[event.name] = event.value
+
+    def evaluate(self, event: Evaluated) -> bool:
+        """True where this evaluation is better than every one before it, of which there is at least one."""
+        is_better = event.loss < self.best_validation
+        is_first = math.isinf(self.best_validation)
+        if is_better:
+            self.best_validation = event.loss
+        return is_better and not is_first
+
+    @property
+    def remaining_seconds(self) -> float:
+        """NaN where it is not known."""
+        if self.steps is None or self.last is None:
+            return math.nan
+        return self.throughput.remaining_seconds(max(0, self.steps - self.last.step))
+
+
+def printable(text: str) -> str:
+    """The text without what would move the cursor or ring the bell: a model may generate any byte."""
+    return "".join(char if char in "\n\t" or char.isprintable() else "\N{MIDDLE DOT}" for char in text)
