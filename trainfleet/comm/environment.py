@@ -12,6 +12,8 @@ from typing import Literal
 from trainfleet.errors import LaunchError
 
 DEFAULT_PORT = 29500  # torch's own choice, so that hosts of unlike launchers meet
+RUN_ID = "trainfleet"
+"""How the run id of an agent begins that we started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +28,13 @@ class RankEnvironment:
     """Ranks on this host."""
     master_addr: str = "127.0.0.1"
     master_port: int = DEFAULT_PORT
-    launcher: Literal["torchrun", "hand", "mpirun", "slurm", "none"] = "none"
+    launcher: Literal["trainfleet", "torchrun", "hand", "mpirun", "slurm", "none"] = "none"
     restart: int = 0
     """How often torchrun has started the ranks anew."""
     agent_store: bool = False
     """torchrun's agent already listens at the master's port; otherwise rank 0 has to."""
+    error_file: str | None = None
+    """The agent's file for an error of this rank, in a folder of its own; None without an agent."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -58,7 +62,10 @@ class RankEnvironment:
 
 def _from_rank(env: Mapping[str, str]) -> RankEnvironment:
     rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    torchrun = "TORCHELASTIC_RUN_ID" in env
+    run_id = env.get("TORCHELASTIC_RUN_ID")
+    launcher: Literal["trainfleet", "torchrun", "hand"] = "hand" if run_id is None else "torchrun"
+    if run_id is not None and run_id.startswith(RUN_ID):
+        launcher = "trainfleet"
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise LaunchError(
             f"RANK is {rank} and WORLD_SIZE {world_size}, but MASTER_ADDR is not set. Set it to the host of rank 0 "
@@ -74,9 +81,10 @@ def _from_rank(env: Mapping[str, str]) -> RankEnvironment:
         local_world_size=local_world_size,
         master_addr=address,
         master_port=_number(env, "MASTER_PORT", DEFAULT_PORT),
-        launcher="torchrun" if torchrun else "hand",
+        launcher=launcher,
         restart=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        error_file=env.get("TORCHELASTIC_ERROR_FILE") or None,
     )
 
 
@@ -121,6 +129,14 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnvironment:
         master_port=_number(env, "MASTER_PORT", _port_of_job(job)),
         launcher="slurm",
     )
+
+
+def threads_per_rank(num_local_ranks: int, env: Mapping[str, str] | None = None) -> int | None:
+    """A fair share of this host's cores for each of its ranks; None where OMP_NUM_THREADS has been set."""
+    if "OMP_NUM_THREADS" in (os.environ if env is None else env):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_local_ranks)
 
 
 def first_host(nodelist: str) -> str:

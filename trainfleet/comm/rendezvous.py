@@ -12,6 +12,8 @@ import logging
 import os
 import platform
 import socket
+import time
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -39,88 +41,140 @@ def versions() -> dict[str, str]:
     }
 
 
-def meet(environment: RankEnvironment, *, timeout: timedelta) -> Store:
-    """A store that all ranks share, once all have come and are of the same versions."""
+def meet(
+    environment: RankEnvironment, *, timeout: timedelta, facts: Mapping[str, str] | None = None, noun: str = "rank"
+) -> Store:
+    """A store that all ranks share, once all have come and their `facts` (the versions they run) are alike.
+
+    `noun` is what a rank of `environment` is called in sentences: launchers meet as hosts.
+    """
     from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
     global _meetings
     if environment.world_size == 1:
         return HashStore()  # type: ignore[no-any-return]
     _meetings += 1
-    store = PrefixStore(f"trainfleet/{environment.restart}/{_meetings}", _store_at_master(environment, timeout))
+    store = PrefixStore(f"trainfleet/{environment.restart}/{_meetings}", _store_at_master(environment, timeout, noun))
     store.set_timeout(timeout)
-    _compare(store, environment, versions(), timeout)
+    _compare(store, environment, facts or versions(), timeout, noun)
     if not is_loopback(environment.master_addr):
         _name_interface(environment.master_addr)
-    return store
+    return store  # type: ignore[no-any-return]
 
 
-def _store_at_master(environment: RankEnvironment, timeout: timedelta) -> Store:
+def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str) -> Store:
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     address, port = environment.master_addr, environment.master_port
     if (address, port) in _listening:
         return _listening[address, port]
     listens = environment.rank == 0 and not environment.agent_store
+    if not listens:
+        _await_listener(address, port, timeout, f"{noun.capitalize()} {environment.rank}")
     try:
-        store = TCPStore(address, port, environment.world_size, listens, timeout, wait_for_workers=False)
-    except (DistError, RuntimeError) as exc:
-        if (listens and "EADDRINUSE" in str(exc)) or "address already in use" in str(exc):
+        # multi_tenant: the launcher's agent meets the other agents at the same port of the same process.
+        store = TCPStore(
+            address, port, None, is_master=listens, timeout=timeout, wait_for_workers=False, multi_tenant=listens
+        )
+    except (DistError, RuntimeError, ValueError) as exc:
+        if listens and ("EADDRINUSE" in str(exc) or "address already in use" in str(exc)):
             raise LaunchError(
-                f"Port {port} of this host is in use, so rank 0 cannot listen there.",
-                hint="Another run may still be going on. Set MASTER_PORT to a free port, the same on all ranks.",
+                f"Port {port} of this host is in use, so {noun} 0 cannot listen there.",
+                hint="Another run may still be going on. Choose a free port, the same everywhere.",
             ) from exc
         raise PeerError(
-            f"Rank {environment.rank} could not reach rank 0 at {address}:{port} within {timeout.total_seconds():g} s.",
-            hint="Is rank 0 running, are MASTER_ADDR and MASTER_PORT right, and does a firewall let the port through?",
+            f"{noun.capitalize()} {environment.rank} found something at {address}:{port} that is not {noun} 0: {exc}",
+            hint="Another program may have the port. Choose a free one, the same everywhere.",
         ) from exc
     _listening[address, port] = store
-    return store
+    return store  # type: ignore[no-any-return]
 
 
-def _compare(store: Store, environment: RankEnvironment, mine: dict[str, str], timeout: timedelta) -> None:
-    """Rank 0 looks at everyone's versions; all ranks return, or all raise the same PeerError."""
-    import torch.distributed as dist
+def _await_listener(address: str, port: int, timeout: timedelta, who: str) -> None:
+    """Return when something listens there; PeerError says what stood in the way at the end of `timeout`."""
+    ends, pause = time.monotonic() + timeout.total_seconds(), 0.05
+    while True:
+        remaining = ends - time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(5.0, remaining))).close()
+            return
+        except OSError as exc:
+            if remaining > pause:
+                time.sleep(pause)
+                pause = min(1.0, pause * 2)
+                continue
+            raise PeerError(
+                f"{who} could not reach {address}:{port} within {timeout.total_seconds():g} s: {_obstacle(exc)}",
+                hint="The address and port must be those of rank 0, which has to be running.",
+            ) from exc
 
-    host = socket.gethostname()
-    store.set(f"rank/{environment.rank}", json.dumps({"host": host, "versions": mine}))
-    if environment.rank == 0:
-        store.set("verdict", json.dumps(_verdict(store, environment.world_size, timeout)))
+
+def _obstacle(exc: OSError) -> str:
+    if isinstance(exc, socket.gaierror):
+        return "this host does not know that name."
+    if isinstance(exc, ConnectionRefusedError):
+        return "the port is closed; nothing listens there, or a firewall refuses."
+    if isinstance(exc, TimeoutError):
+        return "no answer; the host is down, or a firewall swallows the packets."
+    return f"{exc.strerror or exc}."
+
+
+def _compare(
+    store: Store, environment: RankEnvironment, facts: Mapping[str, str], timeout: timedelta, noun: str
+) -> None:
+    """Rank 0 looks at everyone's facts; all ranks return, or all raise the same PeerError."""
+    from torch.distributed import DistError  # type: ignore[attr-defined]
+
+    rank, last = environment.rank, environment.world_size - 1
+    store.set(f"rank/{rank}", json.dumps({"host": socket.gethostname(), "facts": dict(facts)}))
+    if rank == 0:
+        complaint = _verdict(store, environment.world_size, timeout, noun)
+        store.set("verdict", json.dumps(complaint))
+        if complaint and not environment.agent_store:
+            # We are the store: were we to go at once, the others would see a broken connection and no verdict.
+            _linger(store, last)
     try:
         # Rank 0's own wait has to end first, so that its verdict still finds us here.
         store.wait(["verdict"], timeout + timedelta(seconds=10))
-    except (dist.DistError, RuntimeError) as exc:
+        complaint = json.loads(store.get("verdict"))
+        store.add("heard", int(rank != 0))
+    except (DistError, RuntimeError) as exc:
         raise PeerError(
-            f"Rank {environment.rank} met no rank 0 at {environment.master_addr}:{environment.master_port} "
+            f"{noun.capitalize()} {rank} met no {noun} 0 at {environment.master_addr}:{environment.master_port} "
             f"within {timeout.total_seconds():g} s, though something listens there."
         ) from exc
-    complaint = json.loads(store.get("verdict"))
     if complaint:
         raise PeerError(complaint)
 
 
-def _verdict(store: Store, world_size: int, timeout: timedelta) -> str:
+def _linger(store: Store, others: int) -> None:
+    """Up to two seconds for the others to hear the verdict."""
+    ends = time.monotonic() + 2
+    while store.add("heard", 0) < others and time.monotonic() < ends:
+        time.sleep(0.02)
+
+
+def _verdict(store: Store, world_size: int, timeout: timedelta, noun: str) -> str:
     """What is wrong with the ranks that came, in a sentence; empty when nothing is."""
-    import torch.distributed as dist
+    from torch.distributed import DistError  # type: ignore[attr-defined]
 
     keys = [f"rank/{rank}" for rank in range(world_size)]
     try:
         store.wait(keys, timeout)
-    except (dist.DistError, RuntimeError):
+    except (DistError, RuntimeError):
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         if missing:
             return (
-                f"Of {world_size} ranks, rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not "
-                f"come within {timeout.total_seconds():g} s. Start all with the same WORLD_SIZE, or raise the timeout."
+                f"Of {world_size} {noun}s, {noun}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not "
+                f"come within {timeout.total_seconds():g} s. Start all of them, each told the same number of {noun}s."
             )
-    first: dict[str, Any] = json.loads(store.get(keys[0]))
-    for rank, key in enumerate(keys):
-        other = json.loads(store.get(key))
-        for name, version in first["versions"].items():
-            if other["versions"].get(name) != version:
+    came: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
+    for rank, other in enumerate(came):
+        for name, value in came[0]["facts"].items():
+            if other["facts"].get(name) != value:
                 return (
-                    f"Rank {rank} on {other['host']} runs {name} {other['versions'].get(name)}, but rank 0 on "
-                    f"{first['host']} runs {name} {version}. Install the same versions on all hosts."
+                    f"{noun.capitalize()} {rank} ({other['host']}) has {name} {other['facts'].get(name)}, but {noun} 0 "
+                    f"({came[0]['host']}) has {name} {value}. Use the same everywhere."
                 )
     return ""
 
