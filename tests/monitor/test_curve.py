@@ -110,6 +110,6 @@ def test_the_smoothed_line_does_not_lag_behind_a_straight_one() -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r'pip install "trainfleet\[monitor\]"'):
         LossCurve(tmp_path / "loss.png")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,8 @@ def test_each_can_be_switched_off(tmp_path: Path) -> None:
 def test_missing_libraries_are_one_warning_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     assert names(observers_for(MonitorConfig(), RunFolder(tmp_path), True)) == ["Console", "Samples", "JsonLines"]
     assert len(caplog.records) == 1 and "trainfleet[monitor]" in caplog.text
 

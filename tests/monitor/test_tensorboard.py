@@ -56,6 +56,6 @@ def test_it_works_in_a_loop_that_says_nothing_at_its_start(tmp_path: Path, story
 
 
 def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with pytest.raises(DependencyError, match=r'pip install "trainfleet\[monitor\]"'):
         TensorBoard(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import time
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.errors import DependencyError
+from trainfleet.deps import installed, require
 from trainfleet.events import Evaluated, Event, RunEnded, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.jsonl import read_metrics
 from trainfleet.monitor.progress import BASELINE
@@ -37,8 +36,8 @@ class LossCurve:
     """
 
     def __init__(self, path: str | Path, *, history: str | Path | None = None) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise DependencyError('The picture of the loss needs the extra: pip install "trainfleet[monitor]".')
+        if installed("matplotlib") is None:  # importing it waits for the first picture
+            require("matplotlib", "monitor", purpose="The picture of the loss")
         self.path = Path(path)
         self._history = self.path.with_name("metrics.jsonl") if history is None else Path(history)
         self._rows: dict[int, dict[str, Any]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from trainfleet.errors import DependencyError
+from trainfleet.deps import require
 from trainfleet.events import CheckpointSaved, Evaluated, Event, Noted, RunEnded, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.journal import Journal
 
@@ -24,15 +24,13 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path, *, every: int = 1) -> None:
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError as exc:
-            raise DependencyError('TensorBoard needs the extra: pip install "trainfleet[monitor]".') from exc
+        writer = require("tensorboard.summary.writer.record_writer", "monitor", purpose="Writing for TensorBoard")
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
         self._event = event_pb2.Event
         self._session = event_pb2.SessionLog
         self._summary = summary_pb2.Summary
-        self._record_writer = RecordWriter
+        self._record_writer = writer.RecordWriter
         self._every = every
         self._folder = Path(folder)
         self._journal: Journal | None = None
