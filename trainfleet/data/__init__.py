@@ -1,0 +1,10 @@
+"""Where batches come from: sources by index, one global order, and workers that make batches ahead."""
+
+from __future__ import annotations
+
+from trainfleet.data.loader import LocalBatches
+from trainfleet.data.order import indices_at
+from trainfleet.data.sampler import Sampler
+from trainfleet.data.source import Source, open_source
+
+__all__ = ["LocalBatches", "Sampler", "Source", "indices_at", "open_source"]

@@ -1,0 +1,202 @@
+"""Making one rank's micro-batch out of a span: read, transform, leave out what is bad, collate."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from trainfleet.data.collate import add_weights, stack_samples
+from trainfleet.data.order import indices_at
+from trainfleet.data.sampler import Share, Short, Span, share_of
+from trainfleet.data.source import Source
+from trainfleet.errors import DataError
+
+Bad: TypeAlias = Literal["raise", "skip"]
+Progress: TypeAlias = Callable[[int], None]
+MASK = (1 << 64) - 1
+STAND_IN_TRIES = 100  # a hundred bad samples in a row are no accident
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A micro-batch of one rank, and what happened on the way."""
+
+    batch: Any
+    skipped: tuple[tuple[int, str], ...] = ()
+    """(index, reason) of the bad samples of this rank."""
+    place: Any = None
+    """Where an iterable's reader is after this batch."""
+
+
+class Maker(Protocol):
+    """What a worker process does all day. `Made` must be a pure function of the arguments."""
+
+    def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made: ...
+
+
+@dataclass
+class IndexedMaker:
+    """Micro-batches of an indexable source; picklable if its parts are."""
+
+    source: Source
+    size: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool
+    short: Short
+    bad: Bad
+    transform: Callable[..., Any] | None
+    collate: Callable[[list[Any]], Any] | None
+    _takes_rng: bool = field(init=False)
+    _seeds_globals: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._takes_rng = takes_rng(self.transform)
+        ours = type(self.source).__module__.startswith("trainfleet.data.")
+        self._seeds_globals = not ours or (self.transform is not None and not self._takes_rng)
+
+    def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made:
+        share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
+        with _kept_randomness(self._seeds_globals):
+            return self._make(span, share, progress, poison)
+
+    def _make(self, span: Span, share: Share, progress: Progress, poison: Collection[int]) -> Made:
+        samples: list[Any] = []
+        weights = share.weights.copy()
+        skipped: list[tuple[int, str]] = []
+        bad_slots: list[int] = []
+        indices = self._indices(share.positions, span.epoch)
+        for slot, index in enumerate(indices):
+            progress(index)
+            try:
+                samples.append(self._sample(index, span.epoch, poison))
+            except Exception as exc:
+                if self.bad == "raise":
+                    raise sample_failed(index, self.source, exc) from exc
+                samples.append(None)
+                bad_slots.append(slot)
+                if weights[slot]:
+                    skipped.append((index, f"{type(exc).__name__}: {exc}"))
+        if bad_slots:
+            stand_in = self._stand_in(span, samples, bad_slots, poison, skipped)
+            for slot in bad_slots:
+                samples[slot], weights[slot] = stand_in, 0.0
+        batch = collated(samples, self.collate, f"samples {indices[0]} to {indices[-1]} of {name_of(self.source)}")
+        if share.weighted or self.bad == "skip":
+            batch = add_weights(batch, weights)
+        return Made(batch, tuple(skipped))
+
+    def _indices(self, positions: Any, epoch: int) -> list[int]:
+        order = indices_at(positions, num_samples=len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        found: list[int] = order.tolist()
+        return found
+
+    def _sample(self, index: int, epoch: int, poison: Collection[int]) -> Any:
+        if index in poison:
+            raise DataError("it killed two worker processes")
+        if self._seeds_globals:
+            seed_globals(self.seed, epoch, index)
+        sample = self.source[index]
+        if self.transform is None:
+            return sample
+        if self._takes_rng:
+            return self.transform(sample, sample_rng(self.seed, epoch, index))
+        return self.transform(sample)
+
+    def _stand_in(
+        self,
+        span: Span,
+        samples: list[Any],
+        bad_slots: list[int],
+        poison: Collection[int],
+        skipped: list[tuple[int, str]],
+    ) -> Any:
+        """A good sample to fill the slots of bad ones: of this batch, or the first that follows the span."""
+        for slot, sample in enumerate(samples):
+            if slot not in bad_slots:
+                return sample
+        following = (span.end + np.arange(STAND_IN_TRIES)) % len(self.source)
+        for index in self._indices(following, span.epoch):
+            try:
+                return self._sample(index, span.epoch, poison)
+            except Exception:
+                continue  # counted when its own turn comes
+        raise DataError(
+            f"The {len(bad_slots)} samples of a batch of {name_of(self.source)} and the {STAND_IN_TRIES} after it "
+            f"are all bad; the first: sample {skipped[0][0] if skipped else '?'}: {skipped[0][1] if skipped else '?'}. "
+            "This is no matter of single samples: look at the source and the transform."
+        )
+
+
+def takes_rng(transform: Callable[..., Any] | None) -> bool:
+    """Whether it is called as transform(sample, rng): its second parameter is required, or named `rng`."""
+    if transform is None:
+        return False
+    try:
+        parameters = list(inspect.signature(transform).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "rng")
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The randomness of one sample in one epoch, the same wherever it is made."""
+    return np.random.default_rng([seed & MASK, epoch, index])
+
+
+def seed_globals(seed: int, epoch: int, index: int) -> None:
+    """Seed `random`, `numpy.random` and torch, for code that knows no generator of its own."""
+    words = np.random.SeedSequence([seed & MASK, epoch, index]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(int(words[2]))
+
+
+@contextmanager
+def _kept_randomness(wanted: bool) -> Iterator[None]:
+    """Leave the global generators as they were: samples made in the training process must not move dropout."""
+    if not wanted:
+        yield
+        return
+    torch = sys.modules.get("torch")
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if torch is not None:
+            torch.set_rng_state(states[2])
+
+
+def collated(samples: list[Any], collate: Callable[[list[Any]], Any] | None, what: str) -> Any:
+    if collate is None:
+        return stack_samples(samples)
+    try:
+        return collate(samples)
+    except DataError:
+        raise
+    except Exception as exc:
+        raise DataError(f"collate failed on {what}: {type(exc).__name__}: {exc}") from exc
+
+
+def sample_failed(index: int, source: Any, exc: Exception) -> DataError:
+    return DataError(
+        f"Sample {index} of {name_of(source)} failed: {type(exc).__name__}: {exc}",
+        hint=f"Look at it with source[{index}] and the transform; bad='skip' leaves such samples out and counts them.",
+    )
+
+
+def name_of(source: Any) -> str:
+    ours = type(source).__module__.startswith("trainfleet.data.")
+    return repr(source) if ours else f"the source {type(source).__name__}"
