@@ -1,1 +1,28 @@
 """See what a run does: observers that print, write and draw its events."""
+
+from trainfleet.monitor.console import Console
+from trainfleet.monitor.curve import LossCurve
+from trainfleet.monitor.jsonl import JsonLines, read_events, read_metrics
+from trainfleet.monitor.memory import resident_bytes, used_bytes
+from trainfleet.monitor.observers import MonitorConfig, observers_for
+from trainfleet.monitor.run_folder import RunFolder
+from trainfleet.monitor.samples import Samples
+from trainfleet.monitor.tensorboard import TensorBoard
+from trainfleet.monitor.throughput import Smoothed, Throughput
+
+__all__ = [
+    "Console",
+    "JsonLines",
+    "LossCurve",
+    "MonitorConfig",
+    "RunFolder",
+    "Samples",
+    "Smoothed",
+    "TensorBoard",
+    "Throughput",
+    "observers_for",
+    "read_events",
+    "read_metrics",
+    "resident_bytes",
+    "used_bytes",
+]
