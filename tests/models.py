@@ -2,6 +2,8 @@
 
 `MODELS[name].build(seed)` gives equal models for equal seeds, `micro_batch(seed, index)` equal data. All five
 have repeated blocks, so that each can be recomputed and sharded block by block, and every task can be learned.
+No parameter's gradient is zero but for rounding (a bias of keys, or before batch normalisation): Adam would make
+steps of full size out of the rounding, and no two runs would agree.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
@@ -110,13 +112,13 @@ class Convolutional(nn.Module):
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, channels, 3, padding=1)
+        self.stem = nn.Conv2d(1, channels, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*(ConvolutionBlock(channels) for _ in range(2)))
         self.norm = nn.BatchNorm1d(channels)
         self.head = nn.Linear(channels, 4)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.stem(images)).amax((2, 3))))
+        return self.head(self.norm(self.blocks(self.stem(images)).mean((2, 3))))
 
 
 def striped_images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -151,6 +153,7 @@ class Recurrent(nn.Module):
     def __init__(self, vocabulary: int = 16, width: int = 12) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embedding.weight, std=0.3)
         self.blocks = nn.ModuleList(RecurrentBlock(width, kind) for kind in (nn.GRU, nn.LSTM))
         self.head = nn.Linear(width, vocabulary)
         self.head.weight = self.embedding.weight

@@ -34,14 +34,14 @@ def train(case: Case, model: Any, steps: int) -> list[float]:
         (loss.total / loss.weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.mean)
+        losses.append(float(loss.total.detach() / loss.weight))
     return losses
 
 
 @cases
 def test_the_model_learns_its_task(case: Case) -> None:
     losses = train(case, case.build(0), 200)
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
 
 
 @cases
@@ -50,7 +50,8 @@ def test_equal_seeds_give_equal_models_and_data_and_unequal_ones_do_not(case: Ca
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
     model = case.build(1).eval()
-    loss, again, later = (loss_of(case, model, case.micro_batch(*at)).mean for at in ((0, 3), (0, 3), (0, 4)))
+    with torch.no_grad():
+        loss, again, later = (loss_of(case, model, case.micro_batch(*at)).mean for at in ((0, 3), (0, 3), (0, 4)))
     assert loss == again != later
 
 
@@ -76,6 +77,15 @@ def test_a_step_of_all_five_takes_milliseconds() -> None:
     for name, case in MODELS.items():
         train(case, models[name], 10)
     assert (time.process_time() - begin) / 10 < 0.1  # about 0.01 on a quiet machine
+
+
+@cases
+def test_no_gradient_is_mere_rounding(case: Case) -> None:
+    model = case.build(0)
+    for i in range(3):
+        loss_of(case, model, case.micro_batch(0, i)).total.backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    assert min(norms.values()) > 1e-4 * max(norms.values()), norms
 
 
 def test_each_model_holds_what_it_is_there_for() -> None:
@@ -108,5 +118,6 @@ def test_dropout_is_drawn_only_where_asked_for() -> None:
     batch = case.micro_batch(0, 0)
     for dropout, differs in ((0.0, False), (0.5, True)):
         model = case.build(0, dropout=dropout)
-        first, second = (loss_of(case, model, batch).mean for _ in range(2))
+        with torch.no_grad():
+            first, second = (loss_of(case, model, batch).mean for _ in range(2))
         assert (first != second) == differs
