@@ -73,11 +73,12 @@ def test_saves_restores_and_bad_samples_are_said() -> None:
 
 
 def test_the_end_is_a_table_with_baselines_beside_the_result() -> None:
-    summary = {"validation loss": 1.67131, "baseline/unigram": 3.29, "folder": "runs/x"}
+    summary = {"validation loss": 1.67131, "baseline/unigram": 3.29, "text": "a\n\x1bb"}
     lines = printed(RunEnded(step=40, reason="finished", seconds=192.0, summary=summary))
     assert lines == [
         "end        40  finished  took 3:12",
         "   |  validation loss  1.6713",
         "   |  unigram          3.2900",
-        "   |  folder           runs/x",
+        "   |  text             a",
+        "   |  ·b",
     ]

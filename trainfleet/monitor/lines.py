@@ -111,7 +111,10 @@ class Lines:
         self._write("end", self._at(event.step), event.reason, f"took {readable_duration(event.seconds)}")
         names = [name.removeprefix(BASELINE) for name in event.summary]
         for name, value in zip(names, event.summary.values()):
-            self._write("   |", f"{name:<{max(map(len, names))}}", readable_number(value))
+            first, *more = printable(readable_number(value)).splitlines() or [""]
+            self._write("   |", f"{name:<{max(map(len, names))}}", first)
+            for line in more:
+                self._write("   |", line)
 
     def _at(self, step: int) -> str:
         steps = self._progress.steps

@@ -120,7 +120,7 @@ class LiveLine:
         summary.add_column()
         for name, value in event.summary.items():
             is_baseline = name.startswith(BASELINE)
-            text = Text(readable_number(value), style="dim" if is_baseline else "bold")
+            text = Text(printable(readable_number(value)), style="dim" if is_baseline else "bold")
             summary.add_row(Text(name.removeprefix(BASELINE)), text)
         self._console.print(Padding(end, (1, 2, 1 if event.summary else 0, 2)))
         if event.summary:
