@@ -10,7 +10,7 @@ from types import ModuleType
 from trainfleet.errors import DependencyError
 
 # Names under which modules are installed, where the two differ.
-_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "mpi4py": "mpi4py", "torchft": "torchft-nightly", "grpc": "grpcio"}
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "torchft": "torchft-nightly", "grpc": "grpcio"}
 
 
 def require(module: str, extra: str, *, purpose: str | None = None) -> ModuleType:

@@ -96,6 +96,20 @@ def meanings_of(cls: type) -> dict[str, str]:
     return found
 
 
+def value_at(value: Any, dotted: str) -> Any:
+    """The value of a dotted key below a settings dataclass; keys of mappings may hold dots themselves."""
+    if isinstance(value, Mapping):
+        below = [(str(name), item) for name, item in value.items()]
+    else:
+        below = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    for name, item in below:
+        if dotted == name:
+            return item
+        if dotted.startswith(name + ".") and (isinstance(item, Mapping) or dataclasses.is_dataclass(item)):
+            return value_at(item, dotted.removeprefix(name + "."))
+    raise KeyError(dotted)
+
+
 def section_of(hint: Any) -> type | None:
     """The one settings dataclass that a type allows, as in `Retention`, `Retention | None` or `Retention | str`."""
     found = [t for t in _alternatives(hint) if isinstance(t, type) and dataclasses.is_dataclass(t)]
