@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainfleet.errors import PlanError
+from trainfleet.plan import LossScale, Plan
+
+degrees = st.none() | st.integers(1, 8)
+
+
+@given(st.integers(0, 3), degrees, degrees, st.integers(1, 16))
+def test_degrees_fill_the_world_exactly_or_the_plan_is_refused(zero, replicate, shard, world_size):
+    try:
+        plan = Plan(zero=zero, dp_replicate=replicate, dp_shard=shard).for_world(world_size)  # type: ignore[arg-type]
+    except PlanError as error:
+        assert str(error).endswith((".", "processes."))
+        return
+    assert plan.dp_replicate is not None and plan.dp_shard is not None
+    assert plan.dp_replicate * plan.dp_shard == world_size
+    assert replicate in (None, plan.dp_replicate) and shard in (None, plan.dp_shard)
+    assert zero > 0 or plan.dp_shard == 1
+    assert plan.for_world(world_size) == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "world_size", "degrees"),
+    [
+        (Plan(), 4, (4, 1)),
+        (Plan(zero=2), 4, (1, 4)),
+        (Plan(zero=3, dp_replicate=2), 8, (2, 4)),
+        (Plan(zero=3, dp_shard=2), 8, (4, 2)),
+        (Plan(zero=1), 1, (1, 1)),
+    ],
+)
+def test_a_degree_left_out_takes_what_the_world_leaves(plan, world_size, degrees):
+    filled = plan.for_world(world_size)
+    assert (filled.dp_replicate, filled.dp_shard) == degrees
+
+
+def test_a_four_way_split_on_two_processes_names_both_numbers_and_a_remedy():
+    with pytest.raises(PlanError, match=r"plan\.dp_shard=4 does not divide the 2 processes.*Use one of \[1, 2\]"):
+        Plan(zero=3, dp_shard=4).for_world(2)
+    with pytest.raises(PlanError, match=r"2 x 2 = 4 processes, but there are 8\. Start 4"):
+        Plan(zero=3, dp_replicate=2, dp_shard=2).for_world(8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dp_shard": 0, "zero": 1}, "plan.dp_shard is 0"),
+        ({"dp_shard": 2}, "plan.zero is 0, which shards nothing"),
+        ({"offload": "parameters", "zero": 2}, "Set zero to 3"),
+        ({"offload": "optimizer"}, "set zero to 1, 2 or 3"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_when_made(settings, said):
+    with pytest.raises(PlanError, match=said):
+        Plan(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"initial": 0.5}, {"minimum": 0}, {"initial": -1, "minimum": -2}, {"window": 0}])
+def test_a_loss_scale_that_cannot_work_is_refused(settings):
+    with pytest.raises(PlanError, match=r"plan\.loss_scale\."):
+        LossScale(**settings)
+
+
+def test_a_plan_is_a_value():
+    plan = Plan(zero=3, precision="bf16")
+    assert pickle.loads(pickle.dumps(plan)) == plan and hash(plan) == hash(Plan(zero=3, precision="bf16"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.zero = 1  # type: ignore[misc]
+
+
+def test_a_plan_in_one_line_says_what_is_not_usual():
+    assert str(Plan()) == "zero=0 fp32"
+    plan = Plan(zero=3, precision="bf16", recompute="blocks", offload="parameters", compile=True).for_world(4)
+    assert str(plan) == "zero=3 dp_replicate=1 dp_shard=4 bf16 recompute=blocks offload=parameters compile"
