@@ -97,4 +97,5 @@ def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back
     ):
         assert words in output, words
     assert "[red]x·[2J" in output and "\x1b[2J" not in output
+    assert output.index("\x1b[?25h") < output.index("1/2"), "a rank that is killed leaves the cursor visible"
     assert output.rindex("\x1b[?25h") > output.rfind("\x1b[?25l"), "the cursor is visible"
