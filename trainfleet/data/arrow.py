@@ -11,7 +11,8 @@ import numpy as np
 
 from trainfleet.data.source import files_of
 from trainfleet.data.tabular import check_columns
-from trainfleet.errors import DataError, DependencyError
+from trainfleet.deps import require
+from trainfleet.errors import DataError
 
 IN_MEMORY_BYTES = 1 << 30  # a shuffled order touches every group all the time: below this, hold them all
 
@@ -141,8 +142,4 @@ def _open_table(file: Path) -> Any:
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as exc:
-        raise DependencyError('Parquet and Arrow need an extra: pip install "trainfleet[data]".') from exc
-    return pyarrow
+    return require("pyarrow", "data", purpose="Reading Parquet and Arrow")

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainfleet.errors import DataError, DependencyError
+from trainfleet.deps import require
+from trainfleet.errors import DataError
 
 
 def load_dataset(path: str, *, split: str | None = None, format: str | None = "numpy", **args: Any) -> Any:
     """A dataset by hub name, or from a folder that `save_to_disk` wrote. `streaming=True` gives an iterable."""
-    try:
-        import datasets
-    except ImportError as exc:
-        raise DependencyError('Hugging Face datasets need an extra: pip install "trainfleet[hf]".') from exc
+    datasets: Any = require("datasets", "hf", purpose="Reading Hugging Face datasets")
     if (Path(path) / "dataset_info.json").exists() or (Path(path) / "dataset_dict.json").exists():
         found = datasets.load_from_disk(path, **args)
     else:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainfleet.errors import DataError, DependencyError
+from trainfleet.deps import require
+from trainfleet.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -71,8 +72,4 @@ class ImageFolder:
 
 
 def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as exc:
-        raise DependencyError('Images need an extra: pip install "trainfleet[data]".') from exc
-    return Image
+    return require("PIL.Image", "data", purpose="Reading images")

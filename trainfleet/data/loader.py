@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trainfleet.data.collate import to_numpy, to_torch, torch_installed
 from trainfleet.data.sampler import Short, Span, check_places, check_same_source, next_span
-from trainfleet.data.samples import Bad, IndexedMaker, Made, Maker, name_of
+from trainfleet.data.samples import Bad, IndexedMaker, Made, Maker, Transform, name_of
 from trainfleet.data.source import Source, is_indexed
 from trainfleet.data.workers import StartMethod, WorkerPool
 from trainfleet.errors import DataError
@@ -72,6 +72,8 @@ class Batches:
             raise
         self._planned.popleft()
         self._consumed(span, dropped, made)
+        if made.ended:
+            raise StopIteration
         # Workers go on while the loop computes.
         self._plan_ahead()
         if made.skipped:
@@ -220,11 +222,10 @@ class LocalBatches(Batches):
             size=size,
             rank=rank,
             world_size=world_size,
-            seed=seed,
             shuffle=shuffle,
             short=short,
             bad=bad,
-            transform=transform,
+            transform=Transform(transform, seed, source),
             collate=None if isinstance(collate, str) else collate,
         )
         self._indexed = maker
@@ -253,7 +254,7 @@ class LocalBatches(Batches):
 
     @property
     def seed(self) -> int:
-        return self._indexed.seed
+        return self._indexed.transform.seed
 
     @property
     def batches_per_epoch(self) -> int:
@@ -295,7 +296,7 @@ class LocalBatches(Batches):
         self._forget_plans()
 
     def _set_seed(self, seed: int) -> None:
-        self._indexed.seed = seed
+        self._indexed.transform.seed = seed
         if self._pool is not None:  # its processes have the old one
             self._pool.close()
             self._pool = None

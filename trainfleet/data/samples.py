@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -32,7 +32,11 @@ class Made:
     skipped: tuple[tuple[int, str], ...] = ()
     """(index, reason) of the bad samples of this rank."""
     place: Any = None
-    """Where an iterable's reader is after this batch."""
+    """Where the readers of an iterable are after this batch."""
+    ended: bool = False
+    """There is no batch: the last epoch of an iterable is over."""
+    num_dropped: int = 0
+    """Samples before that end which filled no batch."""
 
 
 class Maker(Protocol):
@@ -49,23 +53,15 @@ class IndexedMaker:
     size: int
     rank: int
     world_size: int
-    seed: int
     shuffle: bool
     short: Short
     bad: Bad
-    transform: Callable[..., Any] | None
+    transform: Transform
     collate: Callable[[list[Any]], Any] | None
-    _takes_rng: bool = field(init=False)
-    _seeds_globals: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._takes_rng = takes_rng(self.transform)
-        ours = type(self.source).__module__.startswith("trainfleet.data.")
-        self._seeds_globals = not ours or (self.transform is not None and not self._takes_rng)
 
     def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made:
         share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
-        with _kept_randomness(self._seeds_globals):
+        with self.transform.kept_randomness():
             return self._make(span, share, progress, poison)
 
     def _make(self, span: Span, share: Share, progress: Progress, poison: Collection[int]) -> Made:
@@ -95,21 +91,16 @@ class IndexedMaker:
         return Made(batch, tuple(skipped))
 
     def _indices(self, positions: Any, epoch: int) -> list[int]:
-        order = indices_at(positions, num_samples=len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        n, seed = len(self.source), self.transform.seed
+        order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle)
         found: list[int] = order.tolist()
         return found
 
     def _sample(self, index: int, epoch: int, poison: Collection[int]) -> Any:
         if index in poison:
             raise DataError("it killed two worker processes")
-        if self._seeds_globals:
-            seed_globals(self.seed, epoch, index)
-        sample = self.source[index]
-        if self.transform is None:
-            return sample
-        if self._takes_rng:
-            return self.transform(sample, sample_rng(self.seed, epoch, index))
-        return self.transform(sample)
+        self.transform.seed_globals(epoch, index)  # the source itself may draw
+        return self.transform(self.source[index], epoch, index)
 
     def _stand_in(
         self,
@@ -136,6 +127,48 @@ class IndexedMaker:
         )
 
 
+class Transform:
+    """The user's transform, if any, with the randomness of each sample made of (seed, epoch, index)."""
+
+    def __init__(self, function: Callable[..., Any] | None, seed: int, source: Any) -> None:
+        self.function, self.seed = function, seed
+        self._takes_rng = takes_rng(function)
+        ours = type(source).__module__.startswith("trainfleet.data.")
+        self._seeds_globals = not ours or (function is not None and not self._takes_rng)
+
+    def __call__(self, sample: Any, epoch: int, index: int) -> Any:
+        self.seed_globals(epoch, index)
+        if self.function is None:
+            return sample
+        return self.function(sample, sample_rng(self.seed, epoch, index)) if self._takes_rng else self.function(sample)
+
+    def seed_globals(self, epoch: int, index: int) -> None:
+        """Seed `random`, `numpy.random` and torch, for code that knows no generator of its own."""
+        if not self._seeds_globals:
+            return
+        words = np.random.SeedSequence([self.seed & MASK, epoch, index]).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.default_generator.manual_seed(int(words[2]))
+
+    @contextmanager
+    def kept_randomness(self) -> Iterator[None]:
+        """Leave the global generators as they were: samples made in the training process must not move dropout."""
+        if not self._seeds_globals:
+            yield
+            return
+        torch = sys.modules.get("torch")
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch is not None else None
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            if torch is not None and states[2] is not None:
+                torch.set_rng_state(states[2])
+
+
 def takes_rng(transform: Callable[..., Any] | None) -> bool:
     """Whether it is called as transform(sample, rng): its second parameter is required, or named `rng`."""
     if transform is None:
@@ -151,32 +184,6 @@ def takes_rng(transform: Callable[..., Any] | None) -> bool:
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The randomness of one sample in one epoch, the same wherever it is made."""
     return np.random.default_rng([seed & MASK, epoch, index])
-
-
-def seed_globals(seed: int, epoch: int, index: int) -> None:
-    """Seed `random`, `numpy.random` and torch, for code that knows no generator of its own."""
-    words = np.random.SeedSequence([seed & MASK, epoch, index]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.default_generator.manual_seed(int(words[2]))
-
-
-@contextmanager
-def _kept_randomness(wanted: bool) -> Iterator[None]:
-    """Leave the global generators as they were: samples made in the training process must not move dropout."""
-    if not wanted:
-        yield
-        return
-    torch = sys.modules.get("torch")
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch is not None else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if torch is not None:
-            torch.set_rng_state(states[2])
 
 
 def collated(samples: list[Any], collate: Callable[[list[Any]], Any] | None, what: str) -> Any:

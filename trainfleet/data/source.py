@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from trainfleet.errors import ConfigError, DataError, TrainfleetError
+from trainfleet.imports import load_object
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ def open_source(kind: str, **args: Any) -> Any:
             f"data.source is {kind!r}, which is neither a short name nor an import path. {guess}"
             f"Use one of {', '.join(SOURCES)}, or package.module:Name."
         )
-    found = load_object(target)
+    found = load_object(target, key="data.source")
     if not callable(found):
         if args:
             raise ConfigError(f"{kind} is an object, not a class or function, so it takes no args; got {sorted(args)}.")
@@ -61,21 +61,6 @@ def open_source(kind: str, **args: Any) -> Any:
     except Exception as exc:
         raise DataError(f"The source {kind} could not be opened: {type(exc).__name__}: {exc}") from exc
     return _checked(source, kind)
-
-
-def load_object(path: str) -> Any:
-    """What `package.module:Name` names; Name may have dots."""
-    module_name, _, name = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as exc:
-        raise ConfigError(f"{path} cannot be imported: {exc}. Is its folder on PYTHONPATH?") from exc
-    for part in name.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            raise ConfigError(f"{module_name} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-        found = getattr(found, part)
-    return found
 
 
 def _checked(source: Any, kind: str) -> Any:

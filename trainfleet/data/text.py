@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainfleet.data.source import files_of, load_object
+from trainfleet.data.source import files_of
 from trainfleet.errors import DataError
+from trainfleet.imports import load_object
 
 IN_MEMORY_BYTES = 1 << 28  # more than this stays on disk, mapped
 
@@ -44,7 +45,7 @@ class TextWindows:
             raise DataError(f"part is {tuple(part)}; give two fractions in order, such as (0.0, 0.9).")
         files = files_of(path, pattern, what="text file")
         self._name = f"text {files[0]}" + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
-        tokenize = load_object(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        tokenize = load_object(tokenizer, key="tokenizer") if isinstance(tokenizer, str) else tokenizer
         self._text = _Bytes(files) if tokenize is None else _tokens(files, tokenize)
         total = len(self._text)
         self._begin, self._end = (int(total * fraction) for fraction in part)
