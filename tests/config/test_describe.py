@@ -32,6 +32,18 @@ class Settings:
     """An optional section."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    path: Path
+    """Where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    train: Source
+    evaluation: Source | None = None
+
+
 NOWHERE = Path(os.devnull)
 
 
@@ -47,12 +59,19 @@ def test_the_commented_yaml_is_the_defaults(tmp_path):
 def test_an_optional_section_of_the_commented_yaml_can_be_switched_on(tmp_path):
     text = commented_yaml(Settings)
     before, after = text.split("# or, as a section:\n")
+    assert after.startswith("# scale:\n#   initial: 65536.0  # number\n")
     uncommented = before.replace("scale: null", "# null") + "\n".join(
         line.removeprefix("# ") for line in after.split("\n")
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(uncommented)
     assert load_config(Settings, file=path, env={}, dotenv=NOWHERE).value.scale == LossScale()
+
+
+def test_a_required_key_stands_as_a_comment_even_in_an_optional_section():
+    text = commented_yaml(Data)
+    assert "# train:\n  # Where.\n  # path:  # path\n" in text
+    assert "# evaluation:\n#   path:  # path\n" in text
 
 
 def test_each_line_of_the_commented_env_can_be_switched_on(tmp_path):

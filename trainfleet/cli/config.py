@@ -99,6 +99,8 @@ def _put(text: str, output: Path | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: {path.parent} is a file, not a folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -85,19 +85,17 @@ def _yaml_lines(owner: type, setting: Setting, default: Any) -> Iterator[str]:
             if default is REQUIRED
             else f"{setting.name}: {inline_yaml(default)}  # {words}"
         )
-    if section is None:
+        if section is not None:
+            yield "# or, as a section:"
+            yield f"# {setting.name}:"
+            for below in settings_of(section):
+                yield f"#   {below.name}: {_default_text(below.default)}".rstrip() + f"  # {type_in_words(below.type)}"
         return
     inside = default if isinstance(default, section) else REQUIRED
-    below = [line for s in settings_of(section) for line in _yaml_lines(section, s, default_below(inside, s))]
-    if default is REQUIRED or isinstance(default, section):
-        yield from _comment(meaning or _summary(section))
-        needed = all(line.startswith("#") for line in below)
-        yield f"# {setting.name}:" if needed else f"{setting.name}:"
-        yield from textwrap.indent("\n".join(below), "  ").split("\n")
-    else:
-        yield "# or, as a section:"
-        yield f"# {setting.name}:"
-        yield from ("#   " + line.removeprefix("# ") for line in below if not line.startswith("#"))
+    lines = [line for s in settings_of(section) for line in _yaml_lines(section, s, default_below(inside, s))]
+    yield from _comment(meaning or _summary(section))
+    yield f"# {setting.name}:" if all(line.startswith("#") for line in lines) else f"{setting.name}:"
+    yield from textwrap.indent("\n".join(lines), "  ").split("\n")
 
 
 def _comment(text: str) -> list[str]:

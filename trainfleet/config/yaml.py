@@ -149,7 +149,7 @@ def read_yaml_file(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     except FileNotFoundError as error:
         folder = path.parent
         others = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
-        there = f" {folder} holds {', '.join(others[:8])}." if others else ""
+        there = f" {'This folder' if folder == Path() else folder} holds {', '.join(others[:8])}." if others else ""
         raise ConfigError(f"There is no file {path}.{there}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
