@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -22,6 +22,17 @@ class _Lines(logging.Formatter):
         return f"{time} {self._rank}{level}{record.message}"
 
 
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: a live line on the console stands in for it, and prints above."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def setup(level: Level = "info", rank: int = 0, world_size: int = 1) -> None:
     """Send what trainfleet logs to stderr, marked with the rank; other ranks than 0 are heard from WARNING on.
 
@@ -31,7 +42,7 @@ def setup(level: Level = "info", rank: int = 0, world_size: int = 1) -> None:
     logger = logging.getLogger("trainfleet")
     for handler in [h for h in logger.handlers if isinstance(h.formatter, _Lines)]:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.setFormatter(_Lines(rank, world_size))
     logger.addHandler(handler)
     logger.propagate = False  # a root handler of the user's would print every line twice

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
@@ -70,6 +71,9 @@ def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back
         import sys
         from trainfleet.events import Evaluated, Noted, RunEnded, RunStarted, StepEnded
         from trainfleet.monitor.console import Console
+        import logging
+        from trainfleet import log
+        log.setup()
         stdout = sys.stdout
         console = Console()
         console.on_event(RunStarted(folder="runs/x", steps=2, start_step=0, world_size=2, parameters=5, plan="zero=2"))
@@ -77,6 +81,7 @@ def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back
             console.on_event(StepEnded(step=step, loss=2.0, learning_rate=0.1, grad_norm=None, samples=1, tokens=9,
                                        seconds=0.1, data_seconds=0.0))
             print("mine", step)
+            logging.getLogger("trainfleet.data").warning("beware %d", step)
         console.on_event(Evaluated(step=2, loss=1.25))
         console.on_event(Noted(step=2, title="[b]generated", text="[red]x\\x1b[2J"))
         console.on_event(RunEnded(step=2, reason="finished", seconds=1.0, summary={"validation loss": 1.25}))
@@ -96,6 +101,7 @@ def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back
         "[b]generated",
     ):
         assert words in output, words
+    assert re.search(r"\r\x1b\[2K\d\d:\d\d:\d\d WARNING trainfleet.data: beware 2", output), "it stands on its own line"
     assert "[red]x·[2J" in output and "\x1b[2J" not in output
     assert output.index("\x1b[?25h") < output.index("1/2"), "a rank that is killed leaves the cursor visible"
     assert output.rindex("\x1b[?25h") > output.rfind("\x1b[?25l"), "the cursor is visible"
