@@ -1,0 +1,201 @@
+"""The third act of a save: rank 0 waits for every shard through the Store, checks them, and publishes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from trainfleet.checkpoint.names import FAILED, INDEX, MANIFEST, Attempt, folder_of, manifest_of, steps_and_files
+from trainfleet.checkpoint.regions import first_overlap, tiles
+from trainfleet.checkpoint.sealed import Damaged, digest_of, seal, unseal
+from trainfleet.checkpoint.shard import FORMAT, Index, StoredPiece, read_index
+from trainfleet.checkpoint.tree import Json, StoredArray, decode, stored_arrays
+from trainfleet.errors import CheckpointError, NotStored, StoreError
+from trainfleet.store import Store
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = (0.01, 0.5)  # first pause between two looks for the shards, and longest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexFile:
+    """What the manifest says of one rank's index; the index says the rest."""
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A checkpoint: that it is whole, and of what."""
+
+    step: int
+    order: int
+    """The how manyeth checkpoint of this store it is. Clocks may go backwards and steps be taken again; this rises."""
+    attempt: Attempt
+    indexes: tuple[IndexFile, ...]
+    """By rank."""
+    metadata: Json
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    body = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "order": manifest.order,
+        "run": manifest.attempt.run,
+        "save": manifest.attempt.number,
+        "world_size": manifest.attempt.world_size,
+        "indexes": [
+            {"name": file.name.partition("/")[2], "bytes": file.num_bytes, "digest": file.digest}
+            for file in manifest.indexes
+        ],
+        "metadata": manifest.metadata,
+    }
+    store.put(manifest_of(manifest.step), seal(body))
+
+
+def read_manifest(store: Store, step: int) -> Manifest:
+    """Damaged if it is missing or not as it was written; CheckpointError if this version cannot read it."""
+    name = manifest_of(step)
+    try:
+        body = unseal(store.get(name), name)
+    except NotStored as error:
+        raise Damaged(f"{name}: missing, so the save was not finished") from error
+    if body["format"] > FORMAT:
+        raise CheckpointError(
+            f"{name} has format {body['format']}, and this trainfleet reads formats up to {FORMAT}. "
+            "Use the version that wrote it, or a newer one."
+        )
+    if body["step"] != step:
+        raise Damaged(f"{name}: is the manifest of step {body['step']}")
+    attempt = Attempt(step=step, run=body["run"], number=body["save"], world_size=body["world_size"])
+    folder = folder_of(step)
+    indexes = tuple(
+        IndexFile(name=f"{folder}/{file['name']}", num_bytes=file["bytes"], digest=file["digest"])
+        for file in body["indexes"]
+    )
+    return Manifest(step=step, order=body["order"], attempt=attempt, indexes=indexes, metadata=body["metadata"])
+
+
+def read_indexes(store: Store, manifest: Manifest) -> list[Index]:
+    """The indexes of all ranks; Damaged names every one that is not as it was written."""
+    indexes, problems = [], []
+    for rank, file in enumerate(manifest.indexes):
+        try:
+            data = store.get(file.name)
+            if len(data) != file.num_bytes:
+                raise Damaged(f"{file.name}: has {len(data)} bytes; {file.num_bytes} were written")
+            if digest_of(data) != file.digest:
+                raise Damaged(f"{file.name}: does not match its digest in the manifest")
+            index = read_index(data, file.name, folder_of(manifest.step))
+            if index.rank != rank:
+                raise Damaged(f"{file.name}: is the index of rank {index.rank}, not {rank}")
+            indexes.append(index)
+        except NotStored:
+            problems.append(f"{file.name}: missing")
+        except (Damaged, StoreError) as error:
+            problems.append(str(error))
+    if problems:
+        raise Damaged("\n".join(problems))
+    return indexes
+
+
+def publish(store: Store, attempt: Attempt, metadata: Mapping[str, Any], timeout: timedelta) -> Manifest:
+    """Wait until every rank's shard is stored, check that they make a whole, and store the manifest.
+
+    CheckpointError if a rank failed or is late, or the pieces leave a hole; then there is no manifest.
+    """
+    _wait_for_shards(store, attempt, timeout)
+    files, indexes = [], []
+    for rank in range(attempt.world_size):
+        name = attempt.stem(rank) + INDEX
+        data = store.get(name)
+        files.append(IndexFile(name=name, num_bytes=len(data), digest=digest_of(data)))
+        indexes.append(read_index(data, name, attempt.folder))
+    check_whole(indexes)
+    order = 1 + max((manifest.order for manifest in readable_manifests(store)), default=0)
+    manifest = Manifest(step=attempt.step, order=order, attempt=attempt, indexes=tuple(files), metadata=dict(metadata))
+    write_manifest(store, manifest)
+    return manifest
+
+
+def readable_manifests(store: Store) -> list[Manifest]:
+    """Of all steps, oldest commit first; those that cannot be read are left out."""
+    found = []
+    for step, files in steps_and_files(store.names()).items():
+        if MANIFEST in files:
+            try:
+                found.append(read_manifest(store, step))
+            except (Damaged, CheckpointError, StoreError) as error:
+                logger.debug("Left out of the order of checkpoints: %s", error)
+    return sorted(found, key=lambda manifest: manifest.order)
+
+
+def check_whole(indexes: Sequence[Index]) -> None:
+    """CheckpointError unless the pieces of each array make the whole of it, each element once."""
+    arrays: dict[str, StoredArray] = {}
+    pieces: dict[str, list[tuple[int, StoredPiece]]] = {}
+    for index in indexes:
+        for piece in index.pieces:
+            if not piece.per_rank:
+                pieces.setdefault(piece.path, []).append((index.rank, piece))
+        for name, state in index.state.items():
+            for array, per_rank in stored_arrays(decode(state, name)):
+                if per_rank:
+                    continue
+                known = arrays.setdefault(array.path, array)
+                if (known.dtype, known.shape) != (array.dtype, array.shape):
+                    raise CheckpointError(
+                        f"{array.path} is {array.dtype} {array.shape} on rank {index.rank} and "
+                        f"{known.dtype} {known.shape} on a rank before; it must be one array."
+                    )
+    for path, array in arrays.items():
+        held = pieces.get(path, [])
+        regions = [piece.region for _, piece in held]
+        pair = first_overlap(regions)
+        if pair is not None:
+            (a, _), (b, _) = held[pair[0]], held[pair[1]]
+            raise CheckpointError(
+                f"Ranks {a} and {b} both store the same elements of {path}. Of equal copies, "
+                "give all but one a `replica` other than 0."
+            )
+        if not tiles(regions, array.shape):
+            absent = [i.rank for i in indexes if path in i.left_to_rank_0]
+            raise CheckpointError(
+                f"No rank stores the whole of {path}, of shape {array.shape}: the {len(regions)} pieces leave a hole. "
+                + (
+                    f"It is an array of ranks {absent} that rank 0 does not have: make it a ShardedArray or PerRank."
+                    if absent and not regions
+                    else "One copy of each piece must have `replica` 0."
+                )
+            )
+
+
+def _wait_for_shards(store: Store, attempt: Attempt, timeout: timedelta) -> None:
+    deadline = time.monotonic() + timeout.total_seconds()
+    pause, longest = _POLL_SECONDS
+    while True:
+        there = set(store.names(attempt.prefix))
+        missing = [rank for rank in range(attempt.world_size) if attempt.stem(rank) + INDEX not in there]
+        if not missing:
+            return
+        for rank in missing:
+            if attempt.stem(rank) + FAILED in there:
+                told = json.loads(store.get(attempt.stem(rank) + FAILED))
+                raise CheckpointError(f"Step {attempt.step} was not saved: rank {rank} failed: {told['reason']}")
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"Step {attempt.step} was not saved: after {timeout.total_seconds():.0f} s the shards of ranks "
+                f"{missing} are not in {attempt.folder}. See whether these ranks live, whether all hosts see the same "
+                "folder, and whether the disk is slow; checkpoint.timeout_seconds is how long rank 0 waits."
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, longest)

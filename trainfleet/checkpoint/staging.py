@@ -1,0 +1,127 @@
+"""The first of three acts of a save: copy what this rank must store, so that training may go on.
+
+stage    copy arrays into memory kept for it           in the loop          (here)
+write    store and hash the copies                     behind the loop      shard.py
+publish  wait for all ranks, then store the manifest   behind, on rank 0    manifest.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainfleet.checkpoint.arrays import Bytes, copy_bytes, num_bytes, shape_of
+from trainfleet.checkpoint.regions import Region
+from trainfleet.checkpoint.tree import Json, TakenArray, encode
+from trainfleet.errors import CheckpointError
+from trainfleet.state import ShardedArray, Stateful
+
+_ALIGNMENT = 64
+
+
+class StagingMemory:
+    """Memory that every save copies into: as large as the largest so far, so that only the first has to get it."""
+
+    def __init__(self) -> None:
+        self._memory: Bytes = np.empty(0, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._memory.size)
+
+    def reserve(self, size: int) -> Bytes:
+        if size > self._memory.size:
+            self._memory = np.empty(0, np.uint8)  # give the old one back before asking for more
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedPiece:
+    path: str
+    dtype: str
+    region: Region
+    data: Bytes
+    per_rank: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedShard:
+    """All that one rank stores of one step. Its bytes lie in the staging memory until that is used again."""
+
+    state: Json
+    """The states of all Statefuls, encoded."""
+    pieces: tuple[StagedPiece, ...]
+    left_to_rank_0: tuple[str, ...]
+    """Paths of arrays that are whole here, and not stored because rank 0 stores them."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(piece.data.size) for piece in self.pieces)
+
+
+def stage(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int) -> StagedShard:
+    """Take the states and copy this rank's part of them into `memory`."""
+    taken: dict[str, TakenArray] = {}
+
+    def take(array: TakenArray) -> None:
+        if array.path in taken:
+            raise CheckpointError(f"Two arrays are called {array.path}: keys such as 1 and '1' look alike.")
+        taken[array.path] = array
+
+    state = {name: encode(state_of(name, stateful), name, take) for name, stateful in statefuls.items()}
+    kept = [array for array in taken.values() if _stored_by(array, rank)]
+    left = [
+        array.path
+        for array in taken.values()
+        if rank and not array.per_rank and not isinstance(array.array, ShardedArray)
+    ]
+    pieces = _copy(kept, memory)
+    return StagedShard(state=state, pieces=pieces, left_to_rank_0=tuple(left))
+
+
+def _copy(kept: list[TakenArray], memory: StagingMemory) -> tuple[StagedPiece, ...]:
+    sizes = [num_bytes(array.dtype, shape_of(_local(array))) for array in kept]
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
+    reserved = memory.reserve(starts[-1])
+    pieces = []
+    for array, start, size in zip(kept, starts, sizes):
+        if size == 0:
+            continue
+        data = reserved[start : start + size]
+        local = _local(array)
+        copy_bytes(local, array.dtype, data)
+        shape = shape_of(local)
+        offsets = array.array.offsets if isinstance(array.array, ShardedArray) else (0,) * len(shape)
+        region = Region(tuple(offsets), shape)
+        pieces.append(
+            StagedPiece(path=array.path, dtype=array.dtype, region=region, data=data, per_rank=array.per_rank)
+        )
+    return tuple(pieces)
+
+
+def state_of(name: str, stateful: Stateful) -> dict[str, Any]:
+    """The state of one Stateful; CheckpointError for what is none."""
+    if not isinstance(stateful, Stateful):
+        raise CheckpointError(
+            f"{name} is a {type(stateful).__name__} and has no state_dict and load_state_dict; "
+            "give an object that has both."
+        )
+    return dict(stateful.state_dict())
+
+
+def _local(array: TakenArray) -> Any:
+    return array.array.local if isinstance(array.array, ShardedArray) else array.array
+
+
+def _stored_by(array: TakenArray, rank: int) -> bool:
+    if array.per_rank:
+        return True
+    if isinstance(array.array, ShardedArray):
+        return array.array.replica == 0
+    return rank == 0

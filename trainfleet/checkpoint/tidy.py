@@ -1,0 +1,75 @@
+"""What a save removes: its own files when it fails, the leavings of others, checkpoints that are not kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from trainfleet.checkpoint.manifest import read_manifest, readable_manifests
+from trainfleet.checkpoint.names import DATA, FAILED, INDEX, MANIFEST, Attempt, folder_of, manifest_of, steps_and_files
+from trainfleet.checkpoint.retention import Retention
+from trainfleet.checkpoint.sealed import Damaged
+from trainfleet.errors import CheckpointError, StoreError
+from trainfleet.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def abandon(store: Store, attempt: Attempt, rank: int, reason: str) -> None:
+    """Give back the room that a failed attempt took, and tell rank 0 why it need not wait. Best effort.
+
+    Rank 0 gives up the attempt for all ranks; should its manifest stand already, that goes first.
+    """
+    try:
+        if rank == 0:
+            if _is_published(store, attempt):
+                store.delete(manifest_of(attempt.step))
+            for name in store.names(attempt.prefix):
+                store.delete(name)
+        else:
+            for suffix in (DATA, INDEX):
+                store.delete(attempt.stem(rank) + suffix)
+            store.put(attempt.stem(rank) + FAILED, json.dumps({"rank": rank, "reason": reason}).encode())
+    except StoreError as error:
+        logger.warning("After the failed save of step %d: %s", attempt.step, error)
+
+
+def _is_published(store: Store, attempt: Attempt) -> bool:
+    try:
+        return read_manifest(store, attempt.step).attempt == attempt
+    except (Damaged, CheckpointError, StoreError):
+        return False
+
+
+def remove_checkpoint(store: Store, step: int, files: Sequence[str]) -> None:
+    """The manifest first: from then on it is no checkpoint, wherever this is cut short."""
+    store.delete(manifest_of(step))
+    for file in files:
+        store.delete(f"{folder_of(step)}/{file}")
+
+
+def prune(store: Store, retention: Retention) -> list[int]:
+    """Remove the checkpoints that are not kept; which ones those were."""
+    manifests = readable_manifests(store)
+    removable = retention.removable([manifest.step for manifest in manifests])
+    files = steps_and_files(store.names())
+    for step in removable:
+        remove_checkpoint(store, step, [file for file in files.get(step, []) if file != MANIFEST])
+    return removable
+
+
+def clear_leftovers(store: Store, attempt: Attempt) -> None:
+    """Remove what attempts left that came to nothing or were replaced. A checkpoint with a bad manifest stays."""
+    for step, files in steps_and_files(store.names()).items():
+        listed: set[str] = set()
+        if MANIFEST in files:
+            try:
+                manifest = read_manifest(store, step)
+                listed = {file.name.partition("/")[2] for file in manifest.indexes}
+            except (Damaged, CheckpointError):
+                continue
+        listed |= {name.removesuffix(INDEX) + DATA for name in listed}
+        for file in files:
+            if file not in listed and attempt.supersedes(file):
+                store.delete(f"{folder_of(step)}/{file}")
