@@ -1,0 +1,8 @@
+"""Spread one model over the ranks of a mesh, and run it there."""
+
+from trainfleet.parallel.apply import parallelize
+from trainfleet.parallel.ema import Ema
+from trainfleet.parallel.engine import Engine, NativeEngine
+from trainfleet.parallel.spread import accumulating
+
+__all__ = ["Ema", "Engine", "NativeEngine", "accumulating", "parallelize"]

@@ -1,0 +1,248 @@
+"""Engine: runs a spread model, one step at a time. The Trainer drives it and knows no kind.
+
+A step is: micro-batches forward and backward, the gradient of sum(total) / sum(weight) over all of them on all
+ranks, its norm and clipping, the update. Where fp16 overflows, every rank skips the update, for all of them look
+at the same norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainfleet.batch import Batch, to_device
+from trainfleet.errors import DataError
+from trainfleet.loss import LossSum
+from trainfleet.mesh import Mesh
+from trainfleet.parallel.clip import gradient_norm, scale_gradients_
+from trainfleet.parallel.loss_scale import LossScaler
+from trainfleet.parallel.offload import StateOffload
+from trainfleet.parallel.optimizers import check_optimizer
+from trainfleet.parallel.out_of_memory import phase
+from trainfleet.parallel.pieces import ModelState, OptimizerState
+from trainfleet.parallel.precision import raise_to_float32
+from trainfleet.parallel.randomness import seed_micro_batch
+from trainfleet.parallel.spread import spread_of
+from trainfleet.parallel.usage import Usage
+from trainfleet.state import Stateful
+
+LossFunction = Callable[[Any, Batch], Any]
+"""(output, batch) -> LossSum, or a scalar tensor where all micro-batches are equal."""
+
+
+class Engine(Protocol):
+    """Runs a spread model. Every method is a collective: all ranks call it, in the same order."""
+
+    model: nn.Module
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
+        """Leave the step's gradient in the parameters; the loss sum of all ranks, as floats."""
+        ...
+
+    def clip(self, max_norm: float | None) -> float:
+        """The gradient's norm before clipping to `max_norm` (None: only measure)."""
+        ...
+
+    def step(self) -> bool:
+        """Update the parameters and forget the gradients. False where an overflow forbade the update."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        """The loss sum over the batches of all ranks, without gradients; equally many batches on each."""
+        ...
+
+    def state(self) -> dict[str, Stateful]:
+        """What a checkpoint must hold for this engine to go on as if nothing had happened."""
+        ...
+
+
+class NativeEngine:
+    """The engine of models spread by `parallelize`: replicated or sharded, in any precision.
+
+    `loss_fn(output, batch)` gets what `model(inputs(batch))` returned. With `seed`, random numbers of the model are
+    a function of (seed, step, micro-batch); with None, torch's generators are left alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFunction,
+        *,
+        forward: Callable[[nn.Module, Batch], Any] | None = None,
+        seed: int | None = 0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.spread = spread_of(model)
+        self.mesh: Mesh = self.spread.mesh
+        self.steps = 0
+        """Steps taken, skipped ones included: what random numbers depend on."""
+        check_optimizer(optimizer, self.spread.plan)
+        self._loss_fn = loss_fn
+        self._forward = forward or call_with_batch
+        self._seed = seed
+        self._usage = Usage(model, self.spread.sharded)
+        self._scaler = LossScaler(self.spread.plan.loss_scale) if self.spread.plan.precision == "fp16" else None
+        self._norm: Tensor | None = None
+        self._divisor: float | None = None
+        """What each rank divides its totals by before backward. It keeps gradients in range, and spares a pass over
+        them while steps are equally heavy; it changes no result, for the true weight is known in the end."""
+        if self.spread.plan.offload == "optimizer":
+            StateOffload(optimizer)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The scale of fp16 now; None in other precisions."""
+        return self._scaler.scale if self._scaler else None
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
+        if not micro_batches:
+            raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
+        self.model.train()
+        self._usage.start()
+        self._norm = None
+        device = self.mesh.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        scale = self.loss_scale or 1.0
+        for i, batch in enumerate(micro_batches):
+            if self._seed is not None:
+                seed_micro_batch(self._seed, self.steps, i * self.mesh.world_size + self.mesh.data_axes.rank)
+            with self.spread.micro_batch(last=i == len(micro_batches) - 1):
+                with phase("forward", self.model, self.optimizer):
+                    loss = self._loss(to_device(batch, device))
+                self._usage.watch()
+                sums += _as_numbers(loss, device)
+                if self._divisor is None:
+                    self._divisor = self._agree_on_divisor(sums[1].item(), len(micro_batches))
+                with phase("backward", self.model, self.optimizer):
+                    (loss.total * (scale / self._divisor)).backward()
+        total, weight, *used = self._sum_over_ranks(sums)
+        self._usage.drop_unused(used)
+        self._finish_gradients(weight, scale)
+        return LossSum(total, weight)
+
+    def _loss(self, batch: Batch) -> LossSum:
+        output = raise_to_float32(self._forward(self.model, batch))
+        loss = LossSum.of(self._loss_fn(output, batch))
+        if not isinstance(loss.total, Tensor) or loss.total.numel() != 1:
+            shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
+            raise DataError(f"The loss function returned {shape}; it must return a scalar tensor or a LossSum of one.")
+        return LossSum(loss.total.float() if loss.total.dtype != torch.float64 else loss.total, loss.weight)
+
+    def _agree_on_divisor(self, first_weight: float, num_micro_batches: int) -> float:
+        """As if every micro-batch of every step weighed what the very first one does.
+
+        That is the same for any number of ranks. The mean over ranks is taken later, so each divides by its share;
+        not under fp16, where a rank's gradients must overflow exactly where those of one process would.
+        """
+        first = torch.tensor([first_weight], dtype=torch.float64, device=self.mesh.device)
+        self.mesh.data_axes.broadcast_(first).wait()
+        shares = 1 if self._scaler else self.mesh.world_size
+        return (first.item() or 1.0) * num_micro_batches * self.mesh.world_size / shares
+
+    def _sum_over_ranks(self, sums: Tensor) -> list[float]:
+        """[total, weight, how many ranks used each parameter], in one small exchange."""
+        message = torch.cat([sums, self._usage.bits(sums.device)])
+        self.mesh.data_axes.all_reduce_(message).wait()
+        return message.tolist()
+
+    def _finish_gradients(self, weight: float, scale: float) -> None:
+        # Ranks have averaged the gradients of total * scale / divisor; the step's is that of sum(total) / sum(weight).
+        assert self._divisor is not None
+        if weight == 0:
+            raise DataError("All micro-batches of this step have weight 0, so there is no gradient to take.")
+        factor = self.mesh.world_size * self._divisor / (scale * weight)
+        scale_gradients_(self._usage.parameters, factor)
+
+    def clip(self, max_norm: float | None) -> float:
+        self._norm = gradient_norm(self._usage.parameters, self.mesh["dp_shard"])
+        norm = float(self._norm)
+        if max_norm is not None and norm > max_norm and norm != float("inf"):
+            scale_gradients_(self._usage.parameters, max_norm / norm)
+        return norm
+
+    def step(self) -> bool:
+        if self._scaler is not None:
+            norm = (
+                self._norm if self._norm is not None else gradient_norm(self._usage.parameters, self.mesh["dp_shard"])
+            )
+            overflow = not bool(torch.isfinite(norm))
+            self._scaler.update(overflow=overflow)
+        else:
+            overflow = False
+        if not overflow:
+            with phase("optimizer step", self.model, self.optimizer):
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return not overflow
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        with phase("evaluation", self.model, self.optimizer):
+            for batch in batches:
+                sums += _as_numbers(self._loss(to_device(batch, self.mesh.device)), self.mesh.device)
+        self.mesh.data_axes.all_reduce_(sums).wait()
+        total, weight = sums.tolist()
+        return LossSum(total, weight)
+
+    def state(self) -> dict[str, Stateful]:
+        states: dict[str, Stateful] = {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "engine": _Counters(self),
+        }
+        if self._scaler is not None:
+            states["loss_scale"] = self._scaler
+        return states
+
+
+class _Counters:
+    """Stateful: the engine's own few numbers."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._engine.steps, "step_divisor": self._step_divisor()}
+
+    def _step_divisor(self) -> float | None:
+        """The divisor of a whole step, which does not depend on the number of ranks."""
+        divisor = self._engine._divisor
+        return None if divisor is None else divisor * self._shares()
+
+    def _shares(self) -> int:
+        return 1 if self._engine._scaler else self._engine.mesh.world_size
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        self._engine.steps = int(state["steps"])
+        divisor = state["step_divisor"]
+        self._engine._divisor = None if divisor is None else float(divisor) / self._shares()
+
+
+def call_with_batch(model: nn.Module, batch: Batch) -> Any:
+    """How a model is called unless the recipe says otherwise.
+
+    (inputs, labels) pairs and dicts with `input` or `inputs` give the model that part; other dicts go in as
+    keyword arguments; anything else as it is.
+    """
+    if isinstance(batch, dict):
+        for key in ("input", "inputs"):
+            if key in batch:
+                return model(batch[key])
+        return model(**batch)
+    if isinstance(batch, list | tuple) and len(batch) == 2 and not hasattr(batch, "_fields"):
+        return model(batch[0])
+    return model(batch)
+
+
+def _as_numbers(loss: LossSum, device: str) -> Tensor:
+    weight = loss.weight if isinstance(loss.weight, Tensor) else torch.tensor(float(loss.weight), device=device)
+    return torch.stack([loss.total.detach().double().reshape(()), weight.detach().double().reshape(())]).to(device)

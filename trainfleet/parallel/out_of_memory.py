@@ -1,0 +1,78 @@
+"""Out of memory, told so that a person can act: rank, phase, the largest holders, and what to turn, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trainfleet.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from trainfleet.plan import Plan
+
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+@contextmanager
+def phase(name: str, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Turn torch's out-of-memory error inside into an `OutOfMemory` that names `name` as the phase."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
+        if not _is_out_of_memory(exc):
+            raise
+        raise _explained(name, model, optimizer, exc) from exc
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseException) -> OutOfMemory:
+    from trainfleet.parallel.spread import spread_of
+
+    spread = spread_of(model)
+    holders = sorted(held_bytes(model, optimizer).items(), key=lambda item: -item[1])
+    held = ", ".join(f"{holder} {size / 2**20:.0f} MiB" for holder, size in holders if size)
+    return OutOfMemory(
+        f"Rank {spread.mesh.rank} ran out of memory on {spread.mesh.device} in {name}. Held there: {held or 'little'}. "
+        f"({str(cause).splitlines()[0]})",
+        hint=f"In this order: {'; '.join(_remedies(spread.plan))}.",
+    )
+
+
+def held_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes that this rank holds of parameters, gradients, optimizer state and buffers."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(_bytes(p) for p in parameters),
+        "gradients": sum(_bytes(p.grad) for p in parameters if p.grad is not None),
+        "optimizer state": sum(
+            _bytes(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ),
+        "buffers": sum(_bytes(b) for b in model.buffers()),
+    }
+
+
+def _bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def _remedies(plan: Plan) -> list[str]:
+    remedies = ["a smaller batch.micro_batch with more batch.accumulation"]
+    if plan.recompute == "none":
+        remedies.append("plan.recompute=blocks")
+    if plan.zero < 3:
+        remedies.append(f"plan.zero={plan.zero + 1}")
+    if plan.offload == "none":
+        remedies.append("plan.offload=optimizer" if plan.zero < 3 else "plan.offload=parameters")
+    return remedies

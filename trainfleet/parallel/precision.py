@@ -1,0 +1,157 @@
+"""Precision: where bf16 or fp16 is used and where float32 stays, the same in every strategy.
+
+    parameters, gradients, their exchange,
+    optimizer state, gradient accumulation         float32 (masters)
+    matrix products, convolutions, attention       bf16 or fp16
+    modules whose class name contains "norm"       float32, inputs raised
+    softmax, log-softmax, losses, powers and sums  float32 (FLOAT32_OPERATORS)
+    recurrent modules on a CPU                     float32 (there is no fp16 kernel)
+    modules named in plan.float32_modules          float32
+    the model's output and the loss                float32
+
+Autocast does the casting around each operator, so replicated and sharded parameters go through the very
+same arithmetic: DDP with autocast and FSDP2 with its own casting do not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainfleet.batch import map_arrays
+from trainfleet.errors import PlanError
+from trainfleet.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FLOAT32_OPERATORS = (
+    "softmax.int",
+    "log_softmax.int",
+    "layer_norm",
+    "group_norm",
+    "rms_norm",
+    "nll_loss",
+    "nll_loss_nd",
+    "cross_entropy_loss",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "poisson_nll_loss",
+    "hinge_embedding_loss",
+    "margin_ranking_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log2",
+    "log1p",
+    "reciprocal",
+    "rsqrt",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "sum",
+    "sum.dim_IntList",
+    "prod",
+    "cumsum",
+    "cumprod",
+    "logsumexp",
+    "softplus",
+    "norm.Scalar",
+)
+"""CUDA's autocast keeps these in float32; the CPU's does not, so we make it. mse and l1 losses already agree."""
+
+_registered: list[torch.library.Library] = []
+
+
+def cast_compute(model: nn.Module, plan: Plan, device_type: str) -> nn.Module:
+    """Let `model` compute in plan.precision, except where float32 stays. Changes forwards in place.
+
+    Raises PlanError where a parameter is not held in float32 (or wider).
+    """
+    _refuse_narrow_parameters(model)
+    if plan.precision == "fp32":
+        return model
+    if device_type == "cpu":
+        _register_float32_operators()
+    for _, module in float32_modules(model, plan, device_type):
+        module.forward = _in_float32(module.forward, device_type)  # type: ignore[method-assign]
+    for entry in ("forward", *plan.entry_points):
+        setattr(model, entry, _in_autocast(getattr(model, entry), device_type, DTYPES[plan.precision]))
+    return model
+
+
+def float32_modules(model: nn.Module, plan: Plan, device_type: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that compute in float32 whatever the plan's precision."""
+    for name, module in model.named_modules():
+        is_norm = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+        is_recurrent_on_cpu = isinstance(module, nn.RNNBase | nn.RNNCellBase) and device_type == "cpu"
+        is_named = any(fnmatch(name, p) or fnmatch(type(module).__name__, p) for p in plan.float32_modules)
+        if is_norm or is_recurrent_on_cpu or (is_named and name):
+            yield name, module
+
+
+def raise_to_float32(value: Any) -> Any:
+    """bf16 and fp16 tensors of any nesting as float32."""
+    return map_arrays(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, value)
+
+
+def _refuse_narrow_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise PlanError(
+                f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}; parameters are held in float32 "
+                "and cast for each use, or small updates would round to nothing. "
+                "Build the model in float32 (`model.float()`) and set plan.precision."
+            )
+
+
+def _in_autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def in_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype=dtype):
+            output = forward(*args, **kwargs)
+        return raise_to_float32(output)
+
+    return in_autocast
+
+
+def _in_float32(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def in_float32(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return forward(*raise_to_float32(args), **raise_to_float32(kwargs))
+
+    return in_float32
+
+
+def _register_float32_operators() -> None:
+    """Give the CPU's autocast the float32 list of CUDA's. Once a process, when first needed."""
+    if _registered:
+        return
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    autocast_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def raised(operator: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(autocast_cpu):
+                return operator(*(_raise(a) for a in args), **{k: _raise(v) for k, v in kwargs.items()})
+
+        return call
+
+    for name in FLOAT32_OPERATORS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+            continue  # this version of torch raises it by itself
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        library.impl(name, raised(operator), "AutocastCPU")  # type: ignore[no-untyped-call]
+    _registered.append(library)
+
+
+def _raise(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value

@@ -1,0 +1,24 @@
+"""Random numbers of the model: a pure function of (seed, step, micro-batch), so the same wherever it runs.
+
+The micro-batch is counted over all ranks, in the order of the samples: rank r of R holds numbers r, R + r, 2R + r, …
+One process that runs all of them draws the same dropout masks as R processes that share them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
+    """Set torch's generators (CPU and accelerators) for the forward and backward of one micro-batch."""
+    torch.manual_seed(mixed(mixed(mixed(seed) ^ step) ^ micro_batch) >> 1)
+
+
+def mixed(value: int) -> int:
+    """SplitMix64 (Steele et al., OOPSLA 2014): neighbours in, unrelated 64-bit numbers out."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

@@ -1,0 +1,115 @@
+"""Average the gradients of parameters that every rank holds whole, while backward still runs.
+
+Buckets are filled in the order in which backward reaches the parameters and leave for the wire as soon
+as they are full, as in PyTorch's DistributedDataParallel (Li et al., VLDB 2020). Nothing is wrapped: hooks
+sit on the parameters, so any entry point of the model works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainfleet.comm.group import Group, Work
+
+BUCKET_BYTES = 25 << 20  # what DistributedDataParallel uses; the first bucket is small so that it leaves early
+FIRST_BUCKET_BYTES = 1 << 20
+
+
+class Bucket:
+    """Parameters of one dtype whose gradients travel together."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.ready: set[nn.Parameter] = set()
+        self.work: Work | None = None
+        self.flat: Tensor | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.ready) == len(self.parameters)
+
+    def launch(self, group: Group) -> None:
+        """Send the mean of all ranks' gradients; a gradient that this rank lacks counts as zero."""
+        self.flat = torch.cat([_flat_gradient(parameter) for parameter in self.parameters])
+        self.work = group.all_reduce_(self.flat, op="mean")
+
+    def finish(self) -> None:
+        """Wait, and let each gradient be its part of the bucket."""
+        assert self.work is not None and self.flat is not None
+        self.work.wait()
+        offset = 0
+        for parameter in self.parameters:
+            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        self.work, self.flat = None, None
+        self.ready.clear()
+
+
+class GradientAverage:
+    """The mean over `group` of the gradients of `parameters`, taken in every backward while `enabled`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Group) -> None:
+        self.enabled = True
+        """False while micro-batches accumulate."""
+        self._due = False  # an exchange has begun, or must take place, and is not finished
+        self._group = group
+        self._buckets = _buckets(list(parameters)) if group.size > 1 else []
+        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._launched = 0
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+
+    def expect(self) -> None:
+        """An exchange must take place before `finish` returns, even if backward reaches no parameter here."""
+        self.enabled = True
+        self._due = bool(self._buckets)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self.enabled:
+            return
+        if not any(bucket.ready for bucket in self._buckets):
+            # Runs when this backward is over: parameters it did not reach must not keep a bucket waiting.
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+            self._due = True
+        assert isinstance(parameter, nn.Parameter)
+        self._bucket_of[parameter].ready.add(parameter)
+        # Every rank must launch in the same order, so a full bucket waits for those before it.
+        while self._launched < len(self._buckets) and self._buckets[self._launched].is_full:
+            self._buckets[self._launched].launch(self._group)
+            self._launched += 1
+
+    def finish(self) -> None:
+        """Send what is still here and wait for all of it. Backward calls it; calling again does nothing."""
+        if not self._due:
+            return
+        for bucket in self._buckets[self._launched :]:
+            bucket.launch(self._group)
+        for bucket in self._buckets:
+            bucket.finish()
+        self._launched = 0
+        self._due = False
+
+
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+    return parameter.grad.reshape(-1)
+
+
+def _buckets(parameters: list[nn.Parameter]) -> list[Bucket]:
+    """Backward reaches the last parameters first, so buckets go from the last to the first."""
+    buckets: list[Bucket] = []
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    size: dict[torch.dtype, int] = {}
+    for parameter in reversed([p for p in parameters if p.requires_grad]):
+        held = by_dtype.setdefault(parameter.dtype, [])
+        held.append(parameter)
+        size[parameter.dtype] = size.get(parameter.dtype, 0) + parameter.numel() * parameter.element_size()
+        if size[parameter.dtype] >= (BUCKET_BYTES if buckets else FIRST_BUCKET_BYTES):
+            buckets.append(Bucket(held))
+            by_dtype[parameter.dtype], size[parameter.dtype] = [], 0
+    buckets.extend(Bucket(held) for held in by_dtype.values() if held)
+    return buckets

@@ -1,0 +1,92 @@
+"""Spread: what `parallelize` did to a model, kept beside it for the engine, the checkpoints and the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from trainfleet.errors import PlanError
+from trainfleet.mesh import Mesh
+from trainfleet.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+    from trainfleet.parallel.replicate import GradientAverage
+
+_ATTRIBUTE = "_trainfleet_spread"
+
+
+@dataclass(kw_only=True)
+class Spread:
+    """How one model lies over one mesh."""
+
+    plan: Plan
+    mesh: Mesh
+    average: GradientAverage
+    """Averages the gradients of the parameters that are whole on every rank."""
+    sharded: FSDPModule | None = None
+    """The root of the sharded model, which is the model itself; None with zero = 0."""
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Run one forward and backward inside; gradients are exchanged when the plan wants them to be.
+
+        ZeRO-2 and 3 scatter the gradients of every micro-batch, so that no rank holds them whole;
+        ZeRO-0 and 1 keep them whole and exchange the sum with the last.
+        """
+        self.exchange_gradients(last=last)
+        if last:
+            self.average.expect()
+        yield
+        if last:
+            self.average.finish()
+
+    def exchange_gradients(self, *, last: bool) -> None:
+        """Set what the coming backward does with its gradients."""
+        self.average.enabled = last
+        if self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(last or self.plan.zero >= 2)
+            self.sharded.set_requires_all_reduce(last)
+            # Parameters that stay gathered between micro-batches need not be gathered again for the next.
+            self.sharded.set_reshard_after_backward(last or self.plan.zero == 3)
+            self.sharded.set_is_last_backward(last)
+
+
+def attach(model: nn.Module, spread: Spread) -> None:
+    model.__dict__[_ATTRIBUTE] = spread
+
+
+def is_spread(model: nn.Module) -> bool:
+    return _ATTRIBUTE in model.__dict__
+
+
+def spread_of(model: nn.Module) -> Spread:
+    """The Spread of a model that went through `parallelize`; PlanError for another."""
+    spread = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(spread, Spread):
+        raise PlanError(
+            f"{type(model).__name__} was not spread over a mesh. "
+            "Call `model = parallelize(model, mesh, plan)` before you make the optimizer and the engine."
+        )
+    return spread
+
+
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """For a hand-written loop: backwards inside only add to the gradients; the next one outside exchanges them."""
+    spread = spread_of(model)
+    with spread.micro_batch(last=False):
+        yield
+    spread.exchange_gradients(last=True)
+
+
+def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank holds whole."""
+    from torch.distributed.tensor import DTensor
+
+    return [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]

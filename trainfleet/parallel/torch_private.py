@@ -1,0 +1,51 @@
+"""What we need of torch that has no public name, and what differs between its versions: all of it, here.
+
+Tested with torch 2.13 (CPU) and 2.11 (CUDA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
+    assert isinstance(root, nn.Module)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # before torch 2.13 there was one
+                groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+            for group in groups:
+                yield from group.fsdp_params
+
+
+def gathered_parameters(root: FSDPModule) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """(sharded, gathered) of every sharded parameter that has been gathered at least once.
+
+    Gradients appear on the gathered one. It is the same object each time; its storage comes and goes.
+    """
+    return [
+        (each.sharded_param, each._unsharded_param)
+        for each in _sharded_parameters(root)
+        if hasattr(each, "_unsharded_param")
+    ]
+
+
+def reduce_unused_gradients(root: FSDPModule) -> None:
+    """Exchange zeros for parameters that backward did not reach, so that ranks may differ in which those are."""
+    if hasattr(root, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        root.set_reduce_scatter_unused_params(True)
+
+
+def offsets_in_whole(array: DTensor) -> tuple[int, ...]:
+    """Where this rank's piece of a DTensor begins in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(array.shape, array.device_mesh, array.placements)
+    return tuple(offsets)

@@ -1,0 +1,67 @@
+"""Which parameters a step used, on any rank.
+
+Averaging turns the missing gradient of an unused parameter into zeros, and an optimizer would decay what
+one process leaves alone. So each rank notes which parameters its backward reached, and a gradient that no
+rank has is taken away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from trainfleet.parallel.torch_private import gathered_parameters
+
+
+class Usage:
+    """Notes, from one `start` to the next, which trainable parameters of `model` got a gradient here."""
+
+    def __init__(self, model: nn.Module, sharded: FSDPModule | None) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._index = {parameter: i for i, parameter in enumerate(self.parameters)}
+        self._sharded = sharded
+        self._used = [False] * len(self.parameters)
+        self._watched: set[int] = set()
+        if sharded is None:
+            for i, parameter in enumerate(self.parameters):
+                self._watch(i, parameter)
+
+    def _watch(self, i: int, parameter: nn.Parameter) -> None:
+        if i not in self._watched:
+            self._watched.add(i)
+            parameter.register_post_accumulate_grad_hook(self._note(i))  # type: ignore[no-untyped-call]
+
+    def _note(self, i: int) -> Callable[[Tensor], None]:
+        def note(_: Tensor) -> None:
+            self._used[i] = True
+
+        return note
+
+    def start(self) -> None:
+        """Forget what was noted."""
+        self._used = [False] * len(self.parameters)
+
+    def watch(self) -> None:
+        """After a forward: watch what it gathered for the first time, before its backward."""
+        if self._sharded is None or len(self._watched) == len(self.parameters):
+            return
+        gathered = dict(gathered_parameters(self._sharded))
+        for parameter, i in self._index.items():
+            if parameter in gathered:
+                self._watch(i, gathered[parameter])
+            elif not isinstance(parameter, DTensor):
+                self._watch(i, parameter)
+
+    def bits(self, device: torch.device | str) -> Tensor:
+        """One number a parameter: 1 where this rank used it. Sum them over the ranks."""
+        return torch.tensor(self._used, dtype=torch.float64, device=device)
+
+    def drop_unused(self, counts: list[float]) -> None:
+        """Take away the gradients of parameters that no rank used."""
+        for parameter, count in zip(self.parameters, counts):
+            if count == 0:
+                parameter.grad = None

@@ -1,0 +1,270 @@
+"""A job: from a recipe to a trained model, on this rank. The one place where the capabilities are joined."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.batch import Batch
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.config import to_yaml
+from trainfleet.errors import CheckpointError, ConfigError
+from trainfleet.events import Observer, SamplesSkipped
+from trainfleet.imports import load_object
+from trainfleet.mesh import Mesh
+from trainfleet.monitor import RunFolder, observers_for
+from trainfleet.store import open_store
+from trainfleet.train.losses import loss_by_name
+from trainfleet.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainfleet.train.trainer import Outcome, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What a Python program gives in place of the recipe's import paths."""
+
+    model: nn.Module | Callable[[], nn.Module] | None = None
+    source: Any = None
+    evaluation_source: Any = None
+    loss_fn: Callable[[Any, Batch], Any] | None = None
+    observers: Sequence[Observer] = field(default_factory=tuple)
+
+
+def run(recipe: Recipe, given: Given | None = None) -> Outcome:
+    """Train as `recipe` says on the ranks that a launcher started, or on this process alone."""
+    with Mesh.from_env(recipe.plan) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
+        return trainer.fit()
+
+
+@contextmanager
+def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
+    """A Trainer with everything the recipe names, restored where the recipe wants that; closed afterwards."""
+    import torch
+
+    from trainfleet.parallel import parallelize
+    from trainfleet.parallel.optimizers import build_optimizer
+    from trainfleet.train.trainer import Trainer
+
+    micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
+    with ExitStack() as closing:
+        folder = open_run_folder(recipe, mesh)
+        metadata = {"recipe": asdict(recipe)}
+        observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *given.observers]
+        observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
+
+        torch.manual_seed(recipe.train.seed)
+        model = parallelize(build_model(recipe, given), mesh, recipe.plan)
+        optimizer = build_optimizer(
+            recipe.optimizer.name,
+            model,
+            lr=recipe.optimizer.rate_for(whole),
+            args=recipe.optimizer.args,
+        )
+        tell = _SkippedTeller()
+        batches = recipe.data.open_training(
+            size=micro, rank=mesh.rank, world_size=mesh.world_size, on_skip=tell, source=given.source
+        )
+        closing.callback(_close, batches)
+        checkpointer = _open_checkpointer(recipe, folder, mesh) if recipe.checkpoint.every else None
+        if checkpointer is not None:
+            closing.enter_context(checkpointer)
+        trainer = Trainer(
+            model,
+            optimizer,
+            given.loss_fn or loss_by_name(recipe.loss),
+            batches,
+            mesh=mesh,
+            config=recipe.train,
+            accumulation=accumulation,
+            schedule=recipe.schedule,
+            evaluation=_evaluation(recipe, mesh, micro, given, closing),
+            checkpointer=checkpointer,
+            save_every=recipe.checkpoint.every,
+            observers=observers,
+            step_fn=load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None,
+            finish=_finish(recipe, model, mesh, folder),
+            metadata=metadata,
+            folder=str(folder.path),
+        )
+        closing.callback(trainer.observers.close)
+        tell.observers = trainer.observers
+        _begin_or_resume(recipe, trainer, checkpointer)
+        yield trainer
+
+
+def build_model(recipe: Recipe, given: Given) -> nn.Module:
+    """The recipe's model, plain, with the numbers of `train.seed`; or the one that a program gives."""
+    from torch import nn
+
+    from trainfleet.parallel.deferred import deferred
+
+    if isinstance(given.model, nn.Module):
+        return given.model
+    if given.model is not None:
+        build = given.model
+    elif recipe.model.name is None:
+        raise ConfigError("model.name is not set. Name the class of the model as 'package.module:Name'.")
+    else:
+        maker = load_object(recipe.model.name, key="model.name")
+
+        def build() -> nn.Module:
+            return maker(**recipe.model.args)  # type: ignore[no-any-return]
+
+    try:
+        model = deferred(build) if recipe.model.deferred else build()
+    except TypeError as exc:
+        raise ConfigError(
+            f"model.name {recipe.model.name!r} does not take model.args {recipe.model.args}: {exc}"
+        ) from exc
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.name {recipe.model.name!r} made a {type(model).__name__}; it must make an nn.Module.")
+    return model
+
+
+def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
+    """The folder, made and described by rank 0; with `resume: never`, what an earlier run left is moved aside."""
+    folder = RunFolder(recipe.folder)
+    failure: str | None = None
+    if mesh.is_main:
+        try:
+            if recipe.checkpoint.resume == "never" and (aside := folder.set_aside()):
+                logger.info("The earlier run in %s was moved to %s.", folder.path, aside)
+            folder.create()
+            folder.write_recipe(_plain(recipe))
+            folder.write_environment(world_size=mesh.world_size, device=mesh.device, plan=str(recipe.plan))
+        except Exception as exc:
+            if mesh.world_size == 1:
+                raise
+            failure = f"{exc}"
+    if failure := mesh.data_axes.exchange(failure)[0]:
+        raise CheckpointError(failure)
+    return folder
+
+
+def _plain(recipe: Recipe) -> Mapping[str, Any]:
+    import yaml
+
+    return yaml.safe_load(to_yaml(recipe))  # type: ignore[no-any-return]
+
+
+def _open_checkpointer(recipe: Recipe, folder: RunFolder, mesh: Mesh) -> Checkpointer:
+    from datetime import timedelta
+
+    config = recipe.checkpoint
+    return Checkpointer(
+        open_store(config.folder or str(folder.checkpoints)),
+        retention=config.retention,
+        group=mesh.data_axes,
+        timeout=timedelta(seconds=config.timeout_seconds),
+    )
+
+
+def _begin_or_resume(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer | None) -> None:
+    if checkpointer is not None and recipe.checkpoint.resume != "never":
+        step = trainer.restore()
+        if step is not None:
+            return
+    if recipe.checkpoint.resume == "must":
+        raise CheckpointError(
+            f"checkpoint.resume is 'must', but there is no checkpoint in {recipe.checkpoint.folder or recipe.folder}.",
+            hint="Look for the right folder, or begin with resume=auto.",
+        )
+    if recipe.model.init_from is not None:
+        _load_weights(recipe.model.init_from, trainer)
+
+
+def _load_weights(path: str, trainer: Trainer) -> None:
+    """Weights alone, from a checkpoint folder or a run folder."""
+    place = Path(path) / "checkpoints" if (Path(path) / "checkpoints").is_dir() else Path(path)
+    source = Checkpointer(open_store(str(place)), group=trainer.mesh.data_axes)
+    if source.restore(partial=True, model=trainer.engine.state()["model"]) is None:
+        raise CheckpointError(f"model.init_from is {path!r}, but there is no checkpoint in it.")
+
+
+def _evaluation(
+    recipe: Recipe, mesh: Mesh, micro: int, given: Given, closing: ExitStack
+) -> Callable[[], Iterable[Batch]] | None:
+    batches = recipe.data.open_evaluation(
+        size=micro, rank=mesh.rank, world_size=mesh.world_size, source=given.evaluation_source
+    )
+    if batches is None:
+        return None
+    closing.callback(_close, batches)
+    limit = recipe.train.evaluate_batches or math.inf
+
+    def one_pass() -> Iterable[Batch]:
+        batches.rewind()
+        return batches if limit == math.inf else itertools.islice(batches, int(limit))
+
+    return one_pass
+
+
+def _finish(
+    recipe: Recipe, model: nn.Module, mesh: Mesh, folder: RunFolder
+) -> Callable[[], Mapping[str, float | str]] | None:
+    if recipe.train.finish is None:
+        return None
+    finish = load_object(recipe.train.finish, key="train.finish")
+
+    def call() -> Mapping[str, float | str]:
+        import torch
+
+        model.eval()
+        with torch.no_grad():
+            return finish(model, mesh, folder.path)  # type: ignore[no-any-return]
+
+    return call
+
+
+class _SkippedTeller:
+    """Turns skipped samples into events, once there is somebody to tell."""
+
+    def __init__(self) -> None:
+        self.observers: Any = None
+
+    def __call__(self, count: int, example: str) -> None:
+        if self.observers is not None:
+            self.observers.emit(SamplesSkipped(count=count, example=example))
+
+
+def _close(stream: Any) -> None:
+    if hasattr(stream, "close"):
+        stream.close()
+
+
+def check(recipe: Recipe, world_size: int) -> list[str]:
+    """What can be known without starting processes, in lines for a person; raises what is wrong.
+
+    The plan fits, the batch divides, the model builds (without memory), the data opens, the loss exists.
+    """
+    from trainfleet.parallel.deferred import deferred
+
+    plan = recipe.plan.for_world(world_size)
+    micro, accumulation, whole = recipe.batch.resolve(world_size)
+    model = deferred(lambda: build_model(replace(recipe, model=replace(recipe.model, deferred=False)), Given()))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    loss_by_name(recipe.loss)
+    stream = recipe.data.open_training(size=micro, rank=0, world_size=world_size)
+    samples = getattr(stream, "num_samples", None)
+    next(iter(stream))
+    _close(stream)
+    return [
+        f"plan    {plan} on {world_size} process{'es' * (world_size != 1)}",
+        f"batch   {whole} samples a step: {micro} in a micro-batch x {accumulation} x {world_size}",
+        f"model   {recipe.model.name}: {parameters:,} parameters",
+        f"data    {recipe.data.source}" + (f": {samples:,} samples" if samples is not None else ""),
+        f"steps   {recipe.train.steps:,}",
+        f"folder  {recipe.folder}",
+    ]

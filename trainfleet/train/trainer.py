@@ -1,0 +1,328 @@
+"""Trainer: pulls batches, takes steps, emits events, evaluates, saves. It drives an Engine and knows no kind of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.batch import Batch, BatchStream, batch_size
+from trainfleet.checkpoint import Checkpointer, Save
+from trainfleet.errors import CheckpointError, ConfigError, DataError
+from trainfleet.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Noted,
+    Observer,
+    Observers,
+    Restored,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
+from trainfleet.loss import LossSum
+from trainfleet.mesh import Mesh
+from trainfleet.monitor import used_bytes
+from trainfleet.parallel import Ema, Engine, NativeEngine
+from trainfleet.parallel.replicas import check_replicas
+from trainfleet.state import Stateful
+from trainfleet.train.recipe import TrainConfig
+from trainfleet.train.schedule import ScheduleConfig, multiple
+from trainfleet.train.stop import StopVote
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    reason: str
+    """`finished`, `stopped early` or `interrupted`."""
+    loss: float | None
+    """Of the last step of this call."""
+    evaluation: float | None
+    """The last evaluation's loss."""
+
+
+class Trainer:
+    """Trains a spread model on a stream of micro-batches.
+
+        model = parallelize(MyModel(), mesh, plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        Trainer(model, optimizer, loss_fn, batches, mesh=mesh).fit(steps=10_000)
+
+    `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
+    restore. `step_fn(engine, micro_batches) -> LossSum` takes the place of `engine.forward_backward`. `finish` is
+    called when all steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: Callable[[Any, Batch], Any],
+        batches: BatchStream | Iterable[Batch],
+        *,
+        mesh: Mesh,
+        config: TrainConfig | None = None,
+        accumulation: int = 1,
+        schedule: ScheduleConfig | None = None,
+        evaluation: Callable[[], Iterable[Batch]] | None = None,
+        checkpointer: Checkpointer | None = None,
+        save_every: int | None = None,
+        observers: Sequence[Observer] = (),
+        states: Mapping[str, Stateful] | None = None,
+        step_fn: Callable[[Engine, Sequence[Batch]], LossSum] | None = None,
+        finish: Callable[[], Mapping[str, float | str]] | None = None,
+        engine: Engine | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.config = config or TrainConfig()
+        self.mesh = mesh
+        self.engine = engine or NativeEngine(model, optimizer, loss_fn, seed=self.config.seed)
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = batches
+        self.observers = Observers(observers)
+        self.step = 0
+        """Optimizer steps taken, skipped ones included."""
+        self.ema = Ema(model, self.config.ema_decay) if self.config.ema_decay else None
+        self._batches = iter(batches)
+        self._accumulation = accumulation
+        self._schedule = schedule or ScheduleConfig(name="constant")
+        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._evaluation = evaluation
+        self._checkpointer = checkpointer
+        self._save_every = save_every
+        self._states = dict(states or {})
+        self._step_fn = step_fn or (lambda engine, micro_batches: engine.forward_backward(micro_batches))
+        self._finish = finish
+        self._metadata = metadata or {}
+        self._folder = folder
+        self._best: float | None = None
+        self._evaluations_without_gain = 0
+        self._last_evaluation: float | None = None
+        self._saved_step = -1
+        self._saving: Save | None = None
+        if self.config.evaluate_every and evaluation is None:
+            raise ConfigError(
+                f"train.evaluate_every is {self.config.evaluate_every}, but there is nothing to evaluate on. "
+                "Give data.evaluation_source, or leave evaluate_every out."
+            )
+
+    def fit(self, steps: int | None = None) -> Outcome:
+        """Train until `steps` optimizer steps have been taken in all, those before a resume included.
+
+        Ctrl-C and SIGTERM, on any rank, end it after the step under way, with a checkpoint where there is a
+        checkpointer. Whatever ends it, observers hear `RunEnded`.
+        """
+        steps = steps or self.config.steps
+        started = time.monotonic()
+        loss: float | None = None
+        summary: dict[str, float | str] = {}
+        reason = "finished"
+        self._emit(self._run_started(steps))
+        try:
+            with StopVote(self.mesh.data_axes) as vote:
+                while self.step < steps and reason == "finished":
+                    loss = self._take_step(steps, vote)
+                    reason = self._after_step(steps, vote)
+            self._save_last()
+            if reason != "interrupted":
+                summary = self._summary()
+        except BaseException as exc:
+            reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            self._emit(RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary))
+        return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._last_evaluation)
+
+    def _after_step(self, steps: int, vote: StopVote) -> str:
+        """Evaluate and save where that is due; `finished` unless the run has to end here."""
+        if vote.says_stop():
+            return "interrupted"
+        evaluate = self._is_due(self.config.evaluate_every) or (self.step == steps and self._evaluation is not None)
+        if evaluate and self._evaluate_and_lose_patience():
+            return "stopped early"
+        if self._is_due(self._save_every):
+            self.save()
+        return "finished"
+
+    def _summary(self) -> dict[str, float | str]:
+        summary: dict[str, float | str] = {}
+        if self._last_evaluation is not None:
+            summary["validation loss"] = self._last_evaluation
+        if self._finish is not None:
+            found = dict(self._finish())
+            if "sample" in found:
+                self._emit(Noted(step=self.step, title="sample", text=str(found.pop("sample"))))
+            summary |= found
+        return summary
+
+    # one step
+
+    def _take_step(self, steps: int, vote: StopVote) -> float:
+        begun = time.perf_counter()
+        micro_batches = [self._next_batch() for _ in range(self._accumulation)]
+        data_seconds = time.perf_counter() - begun
+        rate = self._set_rate(steps)
+        vote.begin()
+        loss = self._step_fn(self.engine, micro_batches)
+        norm = self.engine.clip(self.config.clip_norm)
+        scale = getattr(self.engine, "loss_scale", None)
+        updated = self.engine.step()
+        self.step += 1
+        if self.ema is not None and updated:
+            self.ema.update()
+        if self._is_due(self.config.check_replicas_every):
+            check_replicas(self.model)
+        samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.world_size
+        self._emit(
+            StepEnded(
+                step=self.step,
+                loss=loss.mean,
+                learning_rate=rate,
+                grad_norm=norm,
+                samples=samples,
+                # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
+                tokens=max(samples, round(loss.weight)),
+                seconds=time.perf_counter() - begun,
+                data_seconds=data_seconds,
+                skipped=not updated,
+                loss_scale=scale,
+                memory_bytes=used_bytes(self.mesh.device),
+            )
+        )
+        return loss.mean
+
+    def _next_batch(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise DataError(
+                f"The batches came to an end after step {self.step}. "
+                "Give an endless stream, such as LocalBatches without `epochs`, or fewer steps."
+            ) from None
+
+    def _set_rate(self, steps: int) -> float:
+        """The learning rate of the step that is about to be taken."""
+        factor = multiple(self._schedule, self.step + 1, steps)
+        for group, base in zip(self.optimizer.param_groups, self._base_rates):
+            group["lr"] = base * factor
+        return self._base_rates[0] * factor
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step > 0 and self.step % every == 0
+
+    # evaluation
+
+    def evaluate(self) -> float:
+        """The mean loss over `evaluation`, of the averaged weights if there is an average."""
+        if self._evaluation is None:
+            raise ConfigError("There is nothing to evaluate on; give the Trainer `evaluation`.")
+        begun = time.perf_counter()
+        if self.ema is not None:
+            with self.ema.applied():
+                loss = self.engine.evaluate(self._evaluation())
+        else:
+            loss = self.engine.evaluate(self._evaluation())
+        self._last_evaluation = loss.mean
+        self._emit(Evaluated(step=self.step, loss=loss.mean, seconds=time.perf_counter() - begun))
+        return loss.mean
+
+    def _evaluate_and_lose_patience(self) -> bool:
+        """Evaluate; True where early stopping says that it is enough."""
+        loss = self.evaluate()
+        if self._best is None or loss < self._best:
+            self._best, self._evaluations_without_gain = loss, 0
+            return False
+        self._evaluations_without_gain += 1
+        patience = self.config.early_stopping
+        return patience is not None and self._evaluations_without_gain >= patience
+
+    # checkpoints
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step; how the one before ended is told to the observers."""
+        if self._checkpointer is None:
+            raise ConfigError("There is no checkpointer to save with; give the Trainer `checkpointer`.")
+        self._tell_how_the_save_ended()
+        try:
+            self._saving = self._checkpointer.save(self.step, metadata=self._metadata, **self._all_states())
+        except CheckpointError as exc:
+            self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
+        self._saved_step = self.step
+
+    def _save_last(self) -> None:
+        if self._checkpointer is None or self._save_every is None:
+            return
+        if self._saved_step != self.step:
+            self.save()
+        self._tell_how_the_save_ended()
+
+    def _tell_how_the_save_ended(self) -> None:
+        save, self._saving = self._saving, None
+        if save is None:
+            return
+        try:
+            save.wait()
+        except CheckpointError as exc:
+            self._emit(CheckpointFailed(step=save.step, reason=str(exc)))
+        else:
+            self._emit(CheckpointSaved(step=save.step, path=save.path, seconds=save.blocked.total_seconds()))
+
+    def restore(self) -> int | None:
+        """Go on from the newest whole checkpoint: its step, or None if there is none."""
+        if self._checkpointer is None:
+            raise ConfigError("There is no checkpointer to restore from; give the Trainer `checkpointer`.")
+        step = self._checkpointer.restore(None, partial=False, **self._all_states())
+        if step is not None:
+            self._saved_step = step
+            self._emit(Restored(step=step, path=self._checkpointer.place(step)))
+        return step
+
+    def _all_states(self) -> dict[str, Stateful]:
+        states = {**self.engine.state(), "trainer": self, **self._states}
+        if isinstance(self.batches, Stateful):
+            states["data"] = self.batches
+        if self.ema is not None:
+            states["ema"] = self.ema
+        return states
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trainer's own few numbers; the checkpoint holds them beside those of the engine and the data."""
+        return {
+            "step": self.step,
+            "best": self._best,
+            "evaluations_without_gain": self._evaluations_without_gain,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        self.step = int(state["step"])
+        self._best = state["best"]
+        self._evaluations_without_gain = int(state["evaluations_without_gain"])
+
+    # events
+
+    def _run_started(self, steps: int) -> RunStarted:
+        return RunStarted(
+            folder=self._folder,
+            steps=steps,
+            start_step=self.step,
+            world_size=self.mesh.world_size,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            plan=str(getattr(self.engine, "plan", "")),
+            recipe=self._metadata.get("recipe", {}),
+        )
+
+    def _emit(self, event: Event) -> None:
+        self.observers.emit(event)
