@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from trainfleet.cli import config, doctor
+from trainfleet.cli import config, doctor, train
 from trainfleet.errors import TrainfleetError
 
 # Plain help and plain tracebacks: rich costs 0.1 s of every start.
@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+app.command("train")(train.train)
 app.add_typer(config.app, name="config")
 app.command("doctor")(doctor.doctor)
 
@@ -33,7 +34,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _all_verbs(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; allowed anywhere."),
+    debug: bool = typer.Option(False, "--debug", help="Log everything and show tracebacks; may stand anywhere."),
     version: bool = typer.Option(False, "--version", help="Show versions and exit.", callback=_show_version),
 ) -> None:
     pass
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        app(args=[argument for argument in given if argument != "--debug"], prog_name="trainfleet")
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="trainfleet", obj=debug)
     except TrainfleetError as error:
         if debug:
             import traceback
