@@ -89,7 +89,7 @@ class LossCurve:
         self._baselines = {}
         self._rows = {}
         name = Path(event.folder).name if event.folder else "loss"
-        self._title = f"{name}   {event.parameters:,} parameters, {event.plan}"
+        self._title = ", ".join(filter(None, (f"{name}   {event.parameters:,} parameters", event.plan)))
         if event.start_step and self._history.is_file():
             rows = read_metrics(self._history)
             self._rows = {row["step"]: row for row in rows if row["step"] <= event.start_step}

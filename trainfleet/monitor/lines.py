@@ -68,7 +68,7 @@ class Lines:
         self._write(
             "run",
             event.folder or "no folder",
-            f"plan {event.plan}",
+            f"plan {event.plan or '-'}",
             f"parameters {event.parameters}",
             f"processes {event.world_size}",
             f"steps {event.steps}",
