@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainfleet.config.describe import commented_env, commented_yaml, configuration_markdown, json_schema
 from trainfleet.config.load import Loaded, load_config
 from trainfleet.config.sections import REQUIRED, Key, describe
-from trainfleet.config.yaml import to_yaml
+from trainfleet.config.yaml import to_plain, to_yaml
 
 __all__ = [
     "REQUIRED",
@@ -17,5 +17,6 @@ __all__ = [
     "describe",
     "json_schema",
     "load_config",
+    "to_plain",
     "to_yaml",
 ]
