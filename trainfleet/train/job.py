@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
-from trainfleet.config import to_yaml
+from trainfleet.config import to_plain
 from trainfleet.errors import CheckpointError, ConfigError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
@@ -60,7 +60,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh)
-        metadata = {"recipe": asdict(recipe)}
+        metadata = {"recipe": to_plain(recipe)}
         observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
@@ -142,7 +142,7 @@ def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
             if recipe.checkpoint.resume == "never" and (aside := folder.set_aside()):
                 logger.info("The earlier run in %s was moved to %s.", folder.path, aside)
             folder.create()
-            folder.write_recipe(_plain(recipe))
+            folder.write_recipe(to_plain(recipe))
             folder.write_environment(world_size=mesh.world_size, device=mesh.device, plan=str(recipe.plan))
         except Exception as exc:
             if mesh.world_size == 1:
@@ -151,12 +151,6 @@ def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
     if failure := mesh.data_axes.exchange(failure)[0]:
         raise CheckpointError(failure)
     return folder
-
-
-def _plain(recipe: Recipe) -> Mapping[str, Any]:
-    import yaml
-
-    return yaml.safe_load(to_yaml(recipe))  # type: ignore[no-any-return]
 
 
 def _open_checkpointer(recipe: Recipe, folder: RunFolder, mesh: Mesh) -> Checkpointer:
