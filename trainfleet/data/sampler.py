@@ -65,7 +65,8 @@ def share_of(span: Span, *, rank: int, world_size: int, size: int, short: Short)
     if short == "pad":
         slots = span.begin + rank * size + np.arange(size)
         return Share(slots % span.end, (slots < span.end).astype(np.float32), True)
-    begin, end = (span.begin + span.size * r // world_size for r in (rank, rank + 1))
+    each, more = divmod(span.size, world_size)
+    begin, end = (span.begin + r * each + min(r, more) for r in (rank, rank + 1))
     weighted = span.size < world_size
     if begin == end:
         return Share(np.array([span.begin]), np.zeros(1, np.float32), weighted)

@@ -27,6 +27,7 @@ import numpy as np
 
 INLINE_BYTES = 1 << 14  # below this the pipe is as fast as a buffer, and never blocks the sender
 ALIGN = 64
+MAX_FREE = 8  # more are left over only after a loop held many batches and let them go
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Parcel:
     is_new: bool = False
     """The buffer's descriptor follows on the pipe."""
     dropped: tuple[int, ...] = ()
-    """Buffers that were too small and are used no more."""
+    """Buffers that were too small or too many and are used no more."""
 
 
 class Sender:
@@ -76,15 +77,19 @@ class Sender:
         for number in self._free:
             if len(self._buffers[number]) >= num_bytes:
                 self._free.remove(number)
-                return number, None, ()
-        dropped = tuple(self._free)
-        for number in dropped:
-            self._buffers.pop(number).close()
-        self._free.clear()
+                return number, None, self._drop_free(keep=MAX_FREE)
+        dropped = self._drop_free(keep=0)  # all of them are too small
         number, self._next = self._next, self._next + 1
         new_file = anonymous_file(num_bytes + num_bytes // 8)
         self._buffers[number] = mmap.mmap(new_file, 0)
         return number, new_file, dropped
+
+    def _drop_free(self, keep: int) -> tuple[int, ...]:
+        dropped = tuple(self._free[keep:])
+        del self._free[keep:]
+        for number in dropped:
+            self._buffers.pop(number).close()
+        return dropped
 
 
 class Receiver:
