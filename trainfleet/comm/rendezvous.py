@@ -99,8 +99,8 @@ def _await_listener(address: str, port: int, timeout: timedelta, who: str) -> No
             socket.create_connection((address, port), timeout=max(0.1, min(5.0, remaining))).close()
             return
         except OSError as exc:
-            if remaining > pause:
-                time.sleep(pause)
+            if remaining > 0:
+                time.sleep(min(pause, remaining))
                 pause = min(1.0, pause * 2)
                 continue
             raise PeerError(
@@ -125,14 +125,14 @@ def _compare(
     """Rank 0 looks at everyone's facts; all ranks return, or all raise the same PeerError."""
     from torch.distributed import DistError  # type: ignore[attr-defined]
 
-    rank, last = environment.rank, environment.world_size - 1
+    rank = environment.rank
     store.set(f"rank/{rank}", json.dumps({"host": socket.gethostname(), "facts": dict(facts)}))
     if rank == 0:
         complaint = _verdict(store, environment.world_size, timeout, noun)
         store.set("verdict", json.dumps(complaint))
         if complaint and not environment.agent_store:
             # We are the store: were we to go at once, the others would see a broken connection and no verdict.
-            _linger(store, last)
+            _linger(store, sum(store.check([f"rank/{other}"]) for other in range(1, environment.world_size)))
     try:
         # Rank 0's own wait has to end first, so that its verdict still finds us here.
         store.wait(["verdict"], timeout + timedelta(seconds=10))
@@ -145,6 +145,11 @@ def _compare(
         ) from exc
     if complaint:
         raise PeerError(complaint)
+
+
+def leave(address: str, port: int) -> None:
+    """Close this process's end of the store there: for a launcher, which lives on after its run."""
+    _listening.pop((address, port), None)
 
 
 def _linger(store: Store, others: int) -> None:

@@ -1,0 +1,153 @@
+"""Two network namespaces act as two hosts, joined by a cable: a job trains over it, and says what is in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="two hosts need torch")
+
+pytestmark = pytest.mark.cluster
+
+PORT = 29611
+
+
+class Hosts:
+    """Two namespaces with the addresses 10.213.7.1 and 10.213.7.2; neither sees the other's loopback."""
+
+    addresses = ("10.213.7.1", "10.213.7.2")
+
+    def __init__(self) -> None:
+        self.names = tuple(f"fleet{os.getpid()}{side}" for side in "ab")
+        cables = tuple(f"fl{os.getpid() % 10**8}{side}" for side in "ab")
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for name, cable, address in zip(self.names, cables, self.addresses, strict=True):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def start(self, host: int, command: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[host], *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"},
+        )
+
+    def close(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    if shutil.which("ip") is None:
+        pytest.skip("two hosts need the program `ip` (iproute2)")
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    made = None
+    try:
+        made = Hosts()
+    except subprocess.CalledProcessError as exc:
+        pytest.skip(f"this kernel makes no network namespaces: {exc.stderr!r}")
+    yield made
+    made.close()
+
+
+RANK = """
+import torch
+from trainfleet.mesh import Mesh
+from trainfleet.train.failure import reported_failures
+
+with reported_failures(), Mesh.from_env(device="cpu") as mesh:
+    total = torch.full((3,), float(mesh.rank + 1))
+    mesh.data_axes.all_reduce_(total).wait()
+    print("total", total.tolist(), "of", mesh.world_size, flush=True)
+    FAIL
+"""
+
+LAUNCHER = """
+import sys
+from datetime import timedelta
+from trainfleet.comm import rendezvous
+from trainfleet.errors import TrainfleetError
+from trainfleet.train.launch import run_elastic
+
+if "older" in sys.argv:
+    rendezvous.versions.__code__ = (lambda: {"trainfleet": "0.0.1", "torch": "1.0", "python": "3.10"}).__code__
+try:
+    code = run_elastic(
+        [sys.executable, sys.argv[1]], nproc=1, nnodes=2, rendezvous=sys.argv[2], node_rank=int(sys.argv[3]),
+        timeout=timedelta(seconds=float(sys.argv[4])),
+    )
+except TrainfleetError as exc:
+    sys.exit(f"{type(exc).__name__}: {exc}")
+sys.exit(code)
+"""
+
+
+def launcher(
+    tmp_path: Path, node: int, *, port: int = PORT, timeout: float = 60, fail: str = "", more: str = ""
+) -> list[str]:
+    rank = tmp_path / f"rank{node}.py"
+    rank.write_text(RANK.replace("FAIL", fail or "pass"))
+    endpoint = f"{Hosts.addresses[0]}:{port}"
+    return [sys.executable, "-c", LAUNCHER, str(rank), endpoint, str(node), str(timeout), more]
+
+
+def both(hosts: Hosts, commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of one command on each host."""
+    processes = [hosts.start(host, command) for host, command in enumerate(commands)]
+    try:
+        ended = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, ended, strict=True)]
+
+
+def test_two_hosts_add_up(hosts, tmp_path):
+    for code, out, err in both(hosts, [launcher(tmp_path, node) for node in range(2)]):
+        assert code == 0, err
+        assert "total [3.0, 3.0, 3.0] of 2" in out
+
+
+def test_both_hosts_name_the_rank_that_failed_first(hosts, tmp_path):
+    fail = "if mesh.rank == 1: raise ValueError('on purpose')\n    mesh.data_axes.barrier()"
+    for code, _, err in both(hosts, [launcher(tmp_path, node, fail=fail) for node in range(2)]):
+        assert code == 1
+        assert "RankFailed: Rank 1 of 2" in err
+        assert "ValueError: on purpose" in err
+
+
+def test_a_closed_port_on_the_other_host_is_explained(hosts, tmp_path):
+    process = hosts.start(1, launcher(tmp_path, 1, port=PORT + 1, timeout=2))
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert f"PeerError: Host 1 could not reach {Hosts.addresses[0]}:{PORT + 1} within 2 s: the port is closed" in err
+
+
+def test_unlike_versions_are_explained_on_both_hosts(hosts, tmp_path):
+    commands = [launcher(tmp_path, 0, port=PORT + 2), launcher(tmp_path, 1, port=PORT + 2, more="older")]
+    for code, out, err in both(hosts, commands):
+        assert code == 1
+        assert "total" not in out  # no rank has started
+        assert "PeerError: Host 1 (" in err
+        assert "has trainfleet 0.0.1, but host 0" in err
+        assert "Use the same everywhere." in err

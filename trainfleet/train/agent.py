@@ -1,0 +1,219 @@
+"""Torch's elastic agent, one a host: starts the ranks of a run here, watches them, and ends them all together.
+
+Three things are added to it. A second Ctrl-C kills. The ranks die with the agent, even when it is killed.
+And when ranks fail, the agents of all hosts agree on the cause before they report it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from trainfleet.comm.environment import RUN_ID
+from trainfleet.errors import PeerError
+from trainfleet.train.failure import Failure, cause_of, death_of, failure_from_json, read_failures
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+# The command of a rank replaces this program, and keeps what it asked of the kernel: to be killed when its parent
+# is. A parent that has died in between is seen by its process id. `-I -S` because nothing else is needed: 10 ms.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+parent, threads, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+    if os.getppid() != parent:
+        os._exit(1)
+if threads:
+    os.environ["OMP_NUM_THREADS"] = threads
+try:
+    os.execvp(command[0], command)
+except OSError as exc:
+    sys.exit(f"{command[0]!r} cannot be started: {exc.strerror}.")
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the agents of a run have to know of it."""
+
+    nproc: int
+    """Ranks on this host."""
+    nnodes: int = 1
+    endpoint: str = "localhost:0"
+    """Where the agents meet."""
+    is_host: bool = True
+    """Whether this host listens there."""
+    address: str = "127.0.0.1"
+    """How the other hosts call this one."""
+    max_restarts: int = 0
+    timeout: timedelta = timedelta(minutes=10)
+    """For the agents to meet."""
+    grace: timedelta = timedelta(minutes=1)
+    """For ranks that were told to end: to save and to say goodbye."""
+
+
+def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> None:
+    """Run `command` as each rank of this host until all have ended; RankFailed names the cause if one failed."""
+    wrapped = ["-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(threads or ""), *command]
+    wrapped = [argument.replace("$", "$$") for argument in wrapped]  # the agent fills in templates
+    _run(job, sys.executable, wrapped)
+
+
+def run_function(job: Job, function: Callable[..., Any], args: Sequence[Any], *, start_method: str) -> list[Any]:
+    """What `function(*args)` returns on each rank of this host."""
+    returned = _run(job, function, args, start_method)
+    return [returned[rank] for rank in sorted(returned)]
+
+
+def _run(
+    job: Job, entrypoint: str | Callable[..., Any], args: Sequence[Any], start_method: str = "spawn"
+) -> dict[int, Any]:
+    seconds = max(1, round(job.timeout.total_seconds()))
+    with tempfile.TemporaryDirectory(prefix="trainfleet-") as folder, _signals_restored(), _quiet():
+        parameters = RendezvousParameters(
+            backend="c10d",
+            endpoint=job.endpoint,
+            run_id=RUN_ID,
+            min_nodes=job.nnodes,
+            max_nodes=job.nnodes,
+            local_addr=job.address,
+            is_host=job.is_host,
+            join_timeout=seconds,
+            read_timeout=seconds,
+        )
+        try:
+            handler = get_rendezvous_handler(parameters)
+            spec = WorkerSpec(
+                role="trainfleet",
+                local_world_size=job.nproc,
+                entrypoint=entrypoint,
+                args=tuple(args),
+                rdzv_handler=handler,
+                max_restarts=job.max_restarts,
+                monitor_interval=0.1,
+                local_addr=job.address,
+            )
+            agent = _Agent(
+                spec=spec,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+                start_method=start_method,
+                shutdown_timeout=round(job.grace.total_seconds()),
+            )
+            try:
+                result = agent.run()
+            finally:
+                handler.shutdown()
+        except RendezvousError as exc:
+            raise PeerError(
+                f"The {job.nnodes} hosts of this run did not meet at {job.endpoint} within {seconds} s: {exc}",
+                hint="Look at the other hosts: each has to start with the same --nnodes and rendezvous.",
+            ) from exc
+        if result.is_failed():
+            raise agent.cause(result, Path(folder)).error()
+        return dict(result.return_values)
+
+
+class _Agent(LocalElasticAgent):
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        try:
+            super()._shutdown(death_sig, timeout)
+        except SignalException:  # the second Ctrl-C, while the ranks save: the person has lost patience
+            logger.warning("Told twice to end: the ranks are killed.")
+            super()._shutdown(signal.SIGKILL, 5)
+
+    def cause(self, result: RunResult, folder: Path) -> Failure:
+        """Why the run failed, as far as this host knows and the others tell."""
+        group = self.get_worker_group()
+        world_size = group.workers[0].world_size
+        attempts = sorted(folder.rglob("attempt_*"), key=lambda path: int(path.name.split("_")[1]))
+        failures = read_failures(attempts[-1])
+        reported = {failure.rank for failure in failures}
+        first = min((failure.timestamp for failure in result.failures.values()), default=0)
+        for rank, failed in result.failures.items():
+            if rank not in reported:
+                # Once one rank has failed the agent stops the others: SIGTERM, and after half a minute SIGKILL.
+                stopped = failed.exitcode == -signal.SIGTERM or failed.timestamp > first + 1
+                failures.append(death_of(rank, world_size, failed.exitcode, stopped=stopped))
+        own = cause_of(failures)
+        return cause_of([own, *self._causes_elsewhere(own)])
+
+    def _causes_elsewhere(self, own: Failure) -> Iterator[Failure]:
+        """What the agents of other hosts hold for the cause; those that say nothing within three seconds do not count.
+
+        Only this exchange tells a host whose ranks lost their peers why those went.
+        """
+        group = self.get_worker_group()
+        store: Any = group.store
+        others = [other for other in range(group.group_world_size or 1) if other != group.group_rank]
+        if not others:
+            return
+        with suppress(RuntimeError):  # the host of the store may be the one that is gone
+            store.set(f"trainfleet/cause/{group.group_rank}", json.dumps(asdict(own)))
+            ends = time.monotonic() + 3
+            while others and time.monotonic() < ends:
+                for other in [o for o in others if store.check([f"trainfleet/cause/{o}"])]:
+                    yield failure_from_json(store.get(f"trainfleet/cause/{other}").decode())
+                    others.remove(other)
+                time.sleep(0.05)
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """The agent takes these signals for itself and does not give them back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before: list[tuple[signal.Signals, Callable[[int, FrameType | None], Any] | int | None]] = [
+        (each, signal.getsignal(each)) for each in taken
+    ]
+    try:
+        yield
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch's agent logs goes to our log, as debugging: a failure report must begin with the cause."""
+    forward = _Forward()
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    before = [each.propagate for each in loggers]
+    for each in loggers:
+        each.propagate = False
+        each.addHandler(forward)
+    try:
+        yield
+    finally:
+        for each, propagate in zip(loggers, before, strict=True):
+            each.removeHandler(forward)
+            each.propagate = propagate
+
+
+class _Forward(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.debug("%s: %s", record.name, record.getMessage())
