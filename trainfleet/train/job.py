@@ -74,7 +74,12 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         )
         tell = _SkippedTeller()
         batches = recipe.data.open_training(
-            size=micro, rank=mesh.rank, world_size=mesh.world_size, on_skip=tell, source=given.source
+            size=micro,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            seed=recipe.train.seed,
+            on_skip=tell,
+            source=given.source,
         )
         closing.callback(_close, batches)
         checkpointer = _open_checkpointer(recipe, folder, mesh) if recipe.checkpoint.every else None
@@ -191,7 +196,11 @@ def _evaluation(
     recipe: Recipe, mesh: Mesh, micro: int, given: Given, closing: ExitStack
 ) -> Callable[[], Iterable[Batch]] | None:
     batches = recipe.data.open_evaluation(
-        size=micro, rank=mesh.rank, world_size=mesh.world_size, source=given.evaluation_source
+        size=micro,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        seed=recipe.train.seed,
+        source=given.evaluation_source,
     )
     if batches is None:
         return None
