@@ -82,6 +82,8 @@ def test_errors_of_the_system_become_sentences_and_leave_no_file(tmp_path, monke
     with pytest.raises(StoreError, match=words) as caught:
         store.put("x", b"new")
     assert isinstance(caught.value.__cause__, OSError)
+    with pytest.raises(StoreError, match=words):
+        store.put("new/folder/x", b"new")
     monkeypatch.undo()
     assert store.get("x") == b"old"
     assert _files(tmp_path) == ["x"]

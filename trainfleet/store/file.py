@@ -94,6 +94,7 @@ class FileStore:
                     unfinished.replace(path)
                 except BaseException:
                     _abandon(file, unfinished)
+                    self._remove_empty_folders(path.parent)
                     raise
             _fsync_folder(path.parent)
         return size
