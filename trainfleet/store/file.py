@@ -82,20 +82,11 @@ class FileStore:
                 self._sweep()
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            descriptor, unfinished = _open_unfinished(path.parent, self._root)
-            # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
-            with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
-                try:
-                    size = 0
-                    for chunk in chunks_of(data):
-                        size += file.write(chunk)
-                    file.flush()
-                    os.fsync(descriptor)
-                    unfinished.replace(path)
-                except BaseException:
-                    _abandon(file, unfinished)
-                    self._remove_empty_folders(path.parent)
-                    raise
+            try:
+                size = _write_and_rename(path, self._root, data)
+            except BaseException:
+                self._remove_empty_folders(path.parent)
+                raise
             _fsync_folder(path.parent)
         return size
 
@@ -182,6 +173,8 @@ class FileStore:
         while folder != self._root:
             try:
                 folder.rmdir()
+            except FileNotFoundError:
+                pass
             except OSError:
                 return
             folder = folder.parent
@@ -280,6 +273,23 @@ def _open_unfinished(folder: Path, root: Path) -> tuple[int, Path]:
         os.close(descriptor)  # swept between opening and locking
         time.sleep(0.001)
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
+def _write_and_rename(path: Path, root: Path, data: Buffer | Iterable[Buffer]) -> int:
+    descriptor, unfinished = _open_unfinished(path.parent, root)
+    # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
+    with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
+        try:
+            size = 0
+            for chunk in chunks_of(data):
+                size += file.write(chunk)
+            file.flush()
+            os.fsync(descriptor)
+            unfinished.replace(path)
+        except BaseException:
+            _abandon(file, unfinished)
+            raise
+    return size
 
 
 def _abandon(file: BinaryIO, unfinished: Path) -> None:
