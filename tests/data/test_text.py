@@ -25,10 +25,10 @@ def test_windows_run_over_the_files_in_name_order(folder, mapped, monkeypatch):
         monkeypatch.setattr("trainfleet.data.text.IN_MEMORY_BYTES", 0)
     source = TextWindows(folder, length=16)
     assert len(source) == (250 - 1) // 16
-    for source in (source, pickle.loads(pickle.dumps(source))):
+    for each in (source, pickle.loads(pickle.dumps(source))):
         for i in range(len(source)):
-            assert source[i]["input"].tolist() == list(range(16 * i, 16 * i + 16))
-            assert source[i]["target"].tolist() == list(range(16 * i + 1, 16 * i + 17))
+            assert each[i]["input"].tolist() == list(range(16 * i, 16 * i + 16))
+            assert each[i]["target"].tolist() == list(range(16 * i + 1, 16 * i + 17))
     assert source[0]["input"].dtype == source[0]["target"].dtype == np.int64
     with pytest.raises(IndexError):
         source[len(source)]
