@@ -75,8 +75,10 @@ class GPT(nn.Module):
     def _initialise(self) -> None:
         """Matrices keep the size of what passes; those that add to the residual stream begin small."""
         for name, parameter in self.named_parameters():
-            if name.startswith("embeddings") or name == "head.weight":
-                nn.init.normal_(parameter, std=0.02)
+            if name.startswith("embeddings"):
+                nn.init.normal_(parameter, std=0.2)
+            elif name == "head.weight":
+                nn.init.normal_(parameter, std=0.02)  # the first prediction is all bytes alike
             elif parameter.ndim == 2:
                 is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 scale = 0.5 / math.sqrt(2 * len(self.blocks)) if is_residual else 0.5
