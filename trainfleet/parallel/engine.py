@@ -28,6 +28,7 @@ from trainfleet.parallel.precision import raise_to_float32
 from trainfleet.parallel.randomness import seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.usage import Usage
+from trainfleet.plan import Plan
 from trainfleet.state import Stateful
 
 LossFunction = Callable[[Any, Batch], Any]
@@ -38,6 +39,7 @@ class Engine(Protocol):
     """Runs a spread model. Every method is a collective: all ranks call it, in the same order."""
 
     model: nn.Module
+    plan: Plan
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
         """Leave the step's gradient in the parameters; the loss sum of all ranks, as floats."""
@@ -79,20 +81,21 @@ class NativeEngine:
         self.model = model
         self.optimizer = optimizer
         self.spread = spread_of(model)
+        self.plan = self.spread.plan
         self.mesh: Mesh = self.spread.mesh
         self.steps = 0
         """Steps taken, skipped ones included: what random numbers depend on."""
-        check_optimizer(optimizer, self.spread.plan)
+        check_optimizer(optimizer, self.plan)
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
         self._usage = Usage(model, self.spread.sharded)
-        self._scaler = LossScaler(self.spread.plan.loss_scale) if self.spread.plan.precision == "fp16" else None
+        self._scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
         self._norm: Tensor | None = None
         self._divisor: float | None = None
         """What each rank divides its totals by before backward. It keeps gradients in range, and spares a pass over
         them while steps are equally heavy; it changes no result, for the true weight is known in the end."""
-        if self.spread.plan.offload == "optimizer":
+        if self.plan.offload == "optimizer":
             StateOffload(optimizer)
 
     @property
@@ -189,11 +192,13 @@ class NativeEngine:
         with phase("evaluation", self.model, self.optimizer):
             for batch in batches:
                 sums += _as_numbers(self._loss(to_device(batch, self.mesh.device)), self.mesh.device)
+        self.spread.rest()
         self.mesh.data_axes.all_reduce_(sums).wait()
         total, weight = sums.tolist()
         return LossSum(total, weight)
 
     def state(self) -> dict[str, Stateful]:
+        self.spread.rest()
         states: dict[str, Stateful] = {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.model, self.optimizer),

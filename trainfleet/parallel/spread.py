@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
     from trainfleet.parallel.replicate import GradientAverage
 
 _ATTRIBUTE = "_trainfleet_spread"
@@ -45,6 +44,13 @@ class Spread:
         yield
         if last:
             self.average.finish()
+
+    def rest(self) -> None:
+        """Free what forwards without a backward have left gathered, so that the model holds its pieces again."""
+        if isinstance(self.sharded, nn.Module):
+            for module in self.sharded.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def exchange_gradients(self, *, last: bool) -> None:
         """Set what the coming backward does with its gradients."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
+from trainfleet.comm.environment import RankEnvironment
 from trainfleet.config import to_plain
 from trainfleet.errors import CheckpointError, ConfigError
 from trainfleet.events import Observer, SamplesSkipped
@@ -21,12 +22,13 @@ from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder, observers_for
 from trainfleet.store import open_store
 from trainfleet.train.losses import loss_by_name
+from trainfleet.train.outcome import Outcome
 from trainfleet.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainfleet.train.trainer import Outcome, Trainer
+    from trainfleet.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +45,27 @@ class Given:
 
 
 def run(recipe: Recipe, given: Given | None = None) -> Outcome:
-    """Train as `recipe` says on the ranks that a launcher started, or on this process alone."""
+    """Train as `recipe` says on the ranks that a launcher started, or on this process alone.
+
+    A run that has taken all its steps already is left as it is: the outcome's reason is `finished before`.
+    """
+    recipe = as_restarted(recipe, RankEnvironment.from_env().restart)
     with Mesh.from_env(recipe.plan) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
+        if trainer.step >= recipe.train.steps:
+            logger.info(
+                "The run in %s has taken its %d steps. Raise train.steps to go on, or start anew with --resume never.",
+                recipe.folder,
+                trainer.step,
+            )
+            return Outcome(step=trainer.step, reason="finished before", loss=None, evaluation=None)
         return trainer.fit()
+
+
+def as_restarted(recipe: Recipe, restarts: int) -> Recipe:
+    """What ranks do that were started anew after a failure: go on, even where the first start was to begin."""
+    if restarts and recipe.checkpoint.resume == "never":
+        return replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
+    return recipe
 
 
 @contextmanager

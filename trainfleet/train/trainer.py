@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
@@ -29,6 +28,7 @@ from trainfleet.monitor import used_bytes
 from trainfleet.parallel import Ema, Engine, NativeEngine
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.state import Stateful
+from trainfleet.train.outcome import Outcome
 from trainfleet.train.recipe import TrainConfig
 from trainfleet.train.schedule import ScheduleConfig, multiple
 from trainfleet.train.stop import StopVote
@@ -36,19 +36,6 @@ from trainfleet.train.stop import StopVote
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    reason: str
-    """`finished`, `stopped early` or `interrupted`."""
-    loss: float | None
-    """Of the last step of this call."""
-    evaluation: float | None
-    """The last evaluation's loss."""
 
 
 class Trainer:
@@ -320,7 +307,7 @@ class Trainer:
             start_step=self.step,
             world_size=self.mesh.world_size,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            plan=str(getattr(self.engine, "plan", "")),
+            plan=str(self.engine.plan),
             recipe=self._metadata.get("recipe", {}),
         )
 

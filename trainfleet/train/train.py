@@ -1,0 +1,96 @@
+"""train: one call from a model, a dataset and a plain dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.batch import Batch
+from trainfleet.config import load_config
+from trainfleet.errors import ConfigError
+from trainfleet.events import Observer
+from trainfleet.train.job import Given, run
+from trainfleet.train.outcome import Outcome
+from trainfleet.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FLAT_NAMES: dict[str, str] = {
+    "batch_size": "batch.micro_batch",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch",
+    "train_batch_size": "batch.global_batch",
+    "gradient_accumulation_steps": "batch.accumulation",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.args.weight_decay",
+    "zero_stage": "plan.zero",
+    "fp16": "plan.precision",
+    "bf16": "plan.precision",
+    "gradient_clipping": "train.clip_norm",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "save_dir": "folder",
+    "save_interval": "checkpoint.every",
+    "keep_checkpoints": "checkpoint.keep_last",
+    "log_interval": "monitor.log_interval",
+    "num_workers": "data.workers",
+    "loss": "loss",
+}
+"""Names that people know from other systems, and the recipe's key that each stands for."""
+
+
+def train(
+    model: nn.Module | Callable[[], nn.Module],
+    dataset: Any,
+    config: Mapping[str, Any] | None = None,
+    *,
+    evaluation: Any = None,
+    loss_fn: Callable[[Any, Batch], Any] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
+    """Train `model` on `dataset`, as `config` says, on the ranks that a launcher started or on this process.
+
+    `config` holds the recipe's sections (`{"plan": {"zero": 2}}`), its dotted keys (`{"plan.zero": 2}`), or the flat
+    names of FLAT_NAMES (`{"zero_stage": 2}`), mixed as you like; two of them for one key are refused.
+    Without a batch size, 32 samples a rank. The model is trained in place.
+    """
+    values = recipe_values(config or {})
+    values.setdefault("batch", {"micro_batch": 32})
+    recipe = load_config(Recipe, values=values).value
+    given = Given(model=model, source=dataset, evaluation_source=evaluation, loss_fn=loss_fn, observers=observers)
+    return run(recipe, given)
+
+
+def recipe_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Any mixture of sections, dotted keys and flat names as the nested values of a recipe."""
+    values: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    for name, value in config.items():
+        key = FLAT_NAMES.get(name, name)
+        if name in ("fp16", "bf16"):
+            if value is False:
+                continue
+            value = name if value is True else value
+        for path, leaf in _leaves(key.split("."), value):
+            dotted = ".".join(path)
+            if dotted in said:
+                raise ConfigError(
+                    f"The config says {dotted} twice: as {said[dotted]!r} and as {name!r}. Leave one out."
+                )
+            said[dotted] = name
+            _put(values, path, leaf)
+    return values
+
+
+def _leaves(path: list[str], value: Any) -> list[tuple[list[str], Any]]:
+    if isinstance(value, Mapping) and value and path[-1] != "args":
+        return [leaf for name, below in value.items() for leaf in _leaves([*path, str(name)], below)]
+    return [(path, value)]
+
+
+def _put(values: dict[str, Any], path: list[str], leaf: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"The config gives {'.'.join(path)} and also a value for {part!r} as a whole.")
+    values[path[-1]] = {**values[path[-1]], **leaf} if isinstance(values.get(path[-1]), dict) else leaf
