@@ -267,7 +267,7 @@ def test_metadata_comes_back():
 def test_a_newer_format_is_not_passed_over():
     store = MemoryStore()
     saved(store, 1, m=Held(x=1))
-    store.put("step-00000002/manifest.json", seal({"format": 99}))
+    store.put("step-00000002/manifest.json", seal("manifest", {"format": 99}))
     with pytest.raises(CheckpointError, match=r"format 99.*newer"):
         Checkpointer(store).restore(m=Held(x=0))
 

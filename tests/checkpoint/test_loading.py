@@ -236,6 +236,15 @@ def test_a_damaged_array_is_named(tmp_path):
     ]
 
 
+def test_an_index_in_the_place_of_the_manifest_is_damage(tmp_path):
+    make_two_checkpoints(tmp_path)
+    (index,) = (tmp_path / "step-00000020").glob("*-00001-of-*.json")
+    (tmp_path / "step-00000020" / "manifest.json").write_bytes(index.read_bytes())
+    (step, problems), *_ = restored(tmp_path, 1)
+    assert step == 10
+    assert "step-00000020/manifest.json: holds the bytes of another file" in problems[0]
+
+
 def test_a_surplus_file_is_named_and_not_read(tmp_path):
     make_two_checkpoints(tmp_path)
     (tmp_path / "step-00000020" / "extra.safetensors").write_bytes(b"?")

@@ -10,22 +10,27 @@ BODY = {"step": 3, "name": "ü", "nested": {"x": [1.5, None]}}
 
 
 def test_what_was_sealed_is_unsealed():
-    assert unseal(seal(BODY), "x") == BODY
+    assert unseal(seal("note", BODY), "x", "note") == BODY
 
 
 def test_every_single_bit_counts():
-    sealed = seal(BODY)
+    sealed = seal("note", BODY)
     for bit in range(len(sealed) * 8):
         damaged = bytearray(sealed)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(Damaged, match="the-file"):
-            unseal(bytes(damaged), "the-file")
+            unseal(bytes(damaged), "the-file", "note")
 
 
 @pytest.mark.parametrize("change", [lambda s: s[:-1], lambda s: s + b" ", lambda s: b""])
 def test_other_lengths_and_contents_are_damage(change):
     with pytest.raises(Damaged):
-        unseal(change(seal(BODY)), "x")
+        unseal(change(seal("note", BODY)), "x", "note")
+
+
+def test_a_sealed_file_of_another_kind_is_damage():
+    with pytest.raises(Damaged, match=r"the-file: .*'letter'"):
+        unseal(seal("letter", BODY), "the-file", "note")
 
 
 @given(st.lists(st.binary(), max_size=5))

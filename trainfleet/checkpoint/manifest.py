@@ -59,14 +59,14 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         ],
         "metadata": manifest.metadata,
     }
-    store.put(manifest_of(manifest.step), seal(body))
+    store.put(manifest_of(manifest.step), seal("manifest", body))
 
 
 def read_manifest(store: Store, step: int) -> Manifest:
     """Damaged if it is missing or not as it was written; CheckpointError if this version cannot read it."""
     name = manifest_of(step)
     try:
-        body = unseal(store.get(name), name)
+        body = unseal(store.get(name), name, "manifest")
     except NotStored as error:
         raise Damaged(f"{name}: missing, so the save was not finished") from error
     if body["format"] > FORMAT:

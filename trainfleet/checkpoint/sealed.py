@@ -1,7 +1,7 @@
 """JSON that carries its own digest, so that no byte of it can change unseen.
 
     {"digest": "xxh3-128:0123456789abcdef0123456789abcdef",
-    ...the rest of one JSON object; the digest is that of all bytes from the second line on...
+    "kind":"manifest", ...the rest of one JSON object; the digest is that of all bytes from the second line on...
 
 XXH3 tells accidental damage (2^-128 that it passes by chance) and costs a tenth of SHA-256; it does not
 stop someone who forges a checkpoint on purpose.
@@ -39,20 +39,21 @@ class RunningDigest:
         return f"{ALGORITHM}:{self._state.hexdigest()}"
 
 
-def seal(body: Mapping[str, Any]) -> bytes:
-    """The JSON of `body` (not empty, without the key `digest`) with its digest in front."""
-    rest = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()[1:] + b"\n"
+def seal(kind: str, body: Mapping[str, Any]) -> bytes:
+    """The JSON of `body` with its digest in front. `kind` tells sealed files of one format from another's."""
+    rest = json.dumps({"kind": kind, **body}, separators=(",", ":"), allow_nan=False).encode()[1:] + b"\n"
     return _first_line(rest) + rest
 
 
-def unseal(data: bytes, name: str) -> dict[str, Any]:
-    """What was sealed; Damaged if a byte differs."""
+def unseal(data: bytes, name: str, kind: str) -> dict[str, Any]:
+    """What was sealed; Damaged if a byte differs, or if it was sealed as another kind."""
     first, newline, rest = data.partition(b"\n")
     if first + newline != _first_line(rest):
         raise Damaged(f"{name}: its bytes do not match the digest they were sealed with")
     body: dict[str, Any] = json.loads(data)
-    del body["digest"]
-    return body
+    if body["kind"] != kind:
+        raise Damaged(f"{name}: holds the bytes of another file, of kind {body['kind']!r}")
+    return {key: value for key, value in body.items() if key not in ("digest", "kind")}
 
 
 def _first_line(rest: bytes) -> bytes:

@@ -93,12 +93,12 @@ def write_shard(store: Store, attempt: Attempt, rank: int, staged: StagedShard) 
             for piece, begin, end, digest in zip(staged.pieces, starts, ends, digests)
         ],
     }
-    store.put(attempt.stem(rank) + INDEX, seal(index))
+    store.put(attempt.stem(rank) + INDEX, seal("index", index))
 
 
 def read_index(data: bytes, name: str, folder: str) -> Index:
     """The index in `data`; Damaged if it is not as it was written."""
-    body = unseal(data, name)
+    body = unseal(data, name, "index")
     pieces = tuple(
         StoredPiece(
             path=piece["path"],
