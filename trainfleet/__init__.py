@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
     from trainfleet.train.launch import launch
+    from trainfleet.train.trainer import Trainer
+    from trainfleet.train.verify import verify
 
 _HOMES = {
     "trainfleet.checkpoint": ("Checkpointer",),
@@ -32,6 +34,8 @@ _HOMES = {
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
     "trainfleet.train.launch": ("launch",),
+    "trainfleet.train.trainer": ("Trainer",),
+    "trainfleet.train.verify": ("verify",),
 }
 
 __all__ = [
@@ -49,10 +53,12 @@ __all__ = [
     "ShardedArray",
     "Stateful",
     "StepEnded",
+    "Trainer",
     "TrainfleetError",
     "launch",
     "open_store",
     "parallelize",
+    "verify",
 ]
 
 

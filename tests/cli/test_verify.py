@@ -7,8 +7,8 @@ import pytest
 
 from trainfleet.cli.main import main
 from trainfleet.plan import Plan
-from trainfleet.train import recipe_case
-from trainfleet.train import verify as proof
+from trainfleet.train import verify_recipe as proof
+from trainfleet.train.recipe import Recipe
 from trainfleet.train.verify import Difference, Verdict
 
 FINE = Difference(tensor="step 1, loss", deviation=1e-7, tolerance=2e-5)
@@ -24,9 +24,13 @@ def verify(tmp_path, monkeypatch, capsys):
     (tmp_path / "x.yaml").write_text("model: {name: 'a:B'}\ndata: {source: csv}\nbatch: {micro_batch: 2}\n")
 
     def run(verdict: Verdict, *arguments: str):
-        asked = []
-        monkeypatch.setattr(recipe_case, "case_of", lambda recipe, nproc, steps: (recipe.train.seed, nproc, steps))
-        monkeypatch.setattr(proof, "verify", lambda *given: asked.append(given) or verdict)
+        asked: list[tuple[Plan, int, int, int]] = []
+
+        def verify_recipe(recipe: Recipe, nproc: int, *, steps: int) -> Verdict:
+            asked.append((recipe.plan, recipe.train.seed, nproc, steps))
+            return verdict
+
+        monkeypatch.setattr(proof, "verify_recipe", verify_recipe)
         with pytest.raises(SystemExit) as ended:
             main(["verify", "x.yaml", *arguments])
         return asked, ended.value.code, capsys.readouterr().out
@@ -37,7 +41,7 @@ def verify(tmp_path, monkeypatch, capsys):
 def test_a_plan_that_holds_ends_with_0(verify):
     verdict = Verdict(compared=9, first=None, largest=FINE, remarks=("Dropout is off.",))
     asked, code, said = verify(verdict, "plan.zero=2", "train.seed=5")
-    assert asked == [((5, 2, 3), Plan(zero=2).for_world(2), 2)]
+    assert asked == [(Plan(zero=2), 5, 2, 3)]
     assert code == 0 and "zero=2 dp_replicate=1 dp_shard=2 fp32 on 2 processes, 3 steps" in said
     assert "note: Dropout is off." in said and "9 tensors agree" in said
 
@@ -45,7 +49,7 @@ def test_a_plan_that_holds_ends_with_0(verify):
 def test_a_plan_that_does_not_hold_names_the_first_tensor_and_ends_with_1(verify):
     verdict = Verdict(compared=9, first=WRONG, largest=MISSING)
     asked, code, said = verify(verdict, "--nproc", "4", "--steps", "1")
-    assert asked[0][0] == (0, 4, 1)
+    assert asked[0][1:] == (0, 4, 1)
     assert code == 1 and "First to differ: step 1, gradient of w" in said
 
 

@@ -28,15 +28,14 @@ def verify(
     from trainfleet import log
     from trainfleet.cli.train import make_importable
     from trainfleet.config import load_config
-    from trainfleet.train import verify as proof
+    from trainfleet.train import verify_recipe as proof
     from trainfleet.train.recipe import Recipe
-    from trainfleet.train.recipe_case import case_of
 
     settings = load_config(Recipe, file=recipe, overrides=overrides or []).value
     make_importable(recipe.parent)
     log.setup("debug" if context.obj else "warning")
     plan = settings.plan.for_world(nproc)
-    verdict = proof.verify(case_of(settings, nproc, steps=steps), plan, nproc)
+    verdict = proof.verify_recipe(settings, nproc, steps=steps)
     if as_json:
         _print_json(verdict)
     else:
