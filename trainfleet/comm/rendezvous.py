@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import platform
+import queue
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -71,12 +73,16 @@ def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str
     listens = environment.rank == 0 and not environment.agent_store
     if not listens:
         _await_listener(address, port, timeout, f"{noun.capitalize()} {environment.rank}")
-    try:
+
+    def connect() -> Store:
         # multi_tenant: the launcher's agent meets the other agents at the same port of the same process.
-        store = TCPStore(
+        return TCPStore(  # type: ignore[no-any-return]
             address, port, None, is_master=listens, timeout=timeout, wait_for_workers=False, multi_tenant=listens
         )
-    except (DistError, RuntimeError, ValueError) as exc:
+
+    try:
+        store = _within(timeout, connect)
+    except (DistError, RuntimeError, ValueError, TimeoutError) as exc:
         if listens and ("EADDRINUSE" in str(exc) or "address already in use" in str(exc)):
             raise LaunchError(
                 f"Port {port} of this host is in use, so {noun} 0 cannot listen there.",
@@ -87,7 +93,31 @@ def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str
             hint="Another program may have the port. Choose a free one, the same everywhere.",
         ) from exc
     _listening[address, port] = store
-    return store  # type: ignore[no-any-return]
+    return store
+
+
+def _within(timeout: timedelta, connect: Callable[[], Store]) -> Store:
+    """What `connect` returns; TimeoutError at the deadline.
+
+    A thread of its own, because TCPStore reads the other side's greeting without a deadline: a listener that
+    says nothing would hold the process for ever (torch 2.13; remove when its constructor keeps its timeout).
+    """
+    results: queue.SimpleQueue[Store | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(connect())
+        except BaseException as exc:
+            results.put(exc)
+
+    threading.Thread(target=run, daemon=True, name="connect").start()
+    try:
+        result = results.get(timeout=timeout.total_seconds())
+    except queue.Empty:
+        raise TimeoutError(f"it said nothing within {timeout.total_seconds():g} s.") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _await_listener(address: str, port: int, timeout: timedelta, who: str) -> None:
