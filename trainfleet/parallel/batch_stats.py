@@ -85,7 +85,10 @@ class _Normalise(torch.autograd.Function):
         scale, shift = (None if each is None else each.to(x.dtype) for each in (weight, bias))
         ctx.group, ctx.eps, ctx.dtype = group, eps, None if weight is None else weight.dtype
         ctx.save_for_backward(x, scale, mean, variance, count)
-        output = nn.functional.batch_norm(x, mean, variance, scale, shift, training=False, eps=eps)
+        if x.numel():
+            output = nn.functional.batch_norm(x, mean, variance, scale, shift, training=False, eps=eps)
+        else:
+            output = torch.empty_like(x)  # the kernels divide by the number of samples
         ctx.mark_non_differentiable(mean, variance, count)
         return output, mean, variance, count
 
@@ -93,10 +96,13 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
-        # As if the statistics were constants; these sums of its are all that their own gradient needs.
-        of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )
+        if x.numel():
+            # As if the statistics were constants; of these, the sums are all that their own gradient needs.
+            of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            )
+        else:
+            of_input, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
         if ctx.needs_input_grad[0]:
             sums = torch.cat([of_bias, of_weight])
             ctx.group.all_reduce_(sums).wait()

@@ -180,18 +180,16 @@ def _make(
     lr: float,
     args: dict[str, Any],
 ) -> Optimizer:
-    known = inspect.signature(make).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    known = _arguments(make)
+    takes_any = not known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for arg in args:
-        if (arg not in known and not takes_any) or arg in ("params", "lr"):
+        if arg == "lr":
+            raise ConfigError("optimizer.args holds 'lr'; the rate is optimizer.lr. Set it there.")
+        if arg == "params" or (arg not in known and not takes_any):
             near = difflib.get_close_matches(arg, known, n=1)
             raise ConfigError(
                 f"optimizer.args holds {arg!r}, which {name} does not take. "
-                + (
-                    f"Did you mean {near[0]!r}? "
-                    if near and near[0] != arg
-                    else "The rate is optimizer.lr. " * (arg == "lr")
-                )
+                + (f"Did you mean {near[0]!r}? " if near and near[0] != "params" else "")
                 + f"It takes {', '.join(list(known)[2:])}; and decay_all."
             )
     args = {arg: tuple(value) if isinstance(value, list) else value for arg, value in args.items()}
@@ -209,6 +207,13 @@ def _make(
     return optimizer
 
 
+def _arguments(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(make).parameters
+    except ValueError:  # written in C, and says nothing of itself
+        return {}
+
+
 def _kernel(make: Callable[..., Any], parameters: list[nn.Parameter], args: Mapping[str, Any]) -> dict[str, bool]:
     """The fastest implementation torch has for these parameters, unless the arguments choose."""
     standing = TABLE.get(make) if isinstance(make, type) else None
@@ -220,7 +225,7 @@ def _kernel(make: Callable[..., Any], parameters: list[nn.Parameter], args: Mapp
     if devices <= set(standing.fused_on) and is_real and (standing.fused_on_shards or not is_sharded):
         return {"fused": True}
     # DTensor costs some 20 us an operation and parameter; one operation on all saves two thirds of a step on a CPU.
-    return {"foreach": True} if is_sharded and "foreach" in inspect.signature(make).parameters else {}
+    return {"foreach": True} if is_sharded and "foreach" in _arguments(make) else {}
 
 
 def _sort(parameters: nn.Module | NamedParameters) -> tuple[dict[str, nn.Parameter], set[str]]:
