@@ -245,6 +245,17 @@ def test_an_index_in_the_place_of_the_manifest_is_damage(tmp_path):
     assert "step-00000020/manifest.json: holds the bytes of another file" in problems[0]
 
 
+def test_a_changed_header_is_damage_though_restore_does_not_need_it(tmp_path):
+    make_two_checkpoints(tmp_path)
+    (data,) = (tmp_path / "step-00000020").glob("*-00001-of-*.safetensors")
+    raw = bytearray(data.read_bytes())
+    raw[20] ^= 1
+    data.write_bytes(raw)
+    (step, problems), *_ = restored(tmp_path, 2)
+    assert step == 10
+    assert f"{data.name}: its header does not match its digest" in problems[0]
+
+
 def test_a_surplus_file_is_named_and_not_read(tmp_path):
     make_two_checkpoints(tmp_path)
     (tmp_path / "step-00000020" / "extra.safetensors").write_bytes(b"?")
