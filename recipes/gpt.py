@@ -26,7 +26,7 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, width: int = 128, depth: int = 4, heads: int = 2, lookback: int = 4, rotary_base: float = 10_000.0
+        self, width: int = 160, depth: int = 3, heads: int = 2, lookback: int = 4, rotary_base: float = 10_000.0
     ) -> None:
         super().__init__()
         if width % (2 * heads):
