@@ -37,11 +37,12 @@ def reduced(group, op, dtype):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
-@pytest.mark.parametrize("op", ["sum", "mean", "max", "min"])
-def test_all_reduce_gives_every_rank_the_same_reduction(run, size, dtype, op):
-    if dtype == "int64" and op == "mean":
-        pytest.skip("refused, see below")
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, dtype) for op in ("sum", "mean", "max", "min") for dtype in ("float64", "float32")]
+    + [(op, "int64") for op in ("sum", "max", "min")],
+)
+def test_all_reduce_gives_every_rank_the_same_reduction(run, size, op, dtype):
     expected = getattr(np, op)(np.stack([array_of(rank, dtype) for rank in range(size)]), axis=0)
     results = run(size, reduced, op, dtype)
     for result in results:

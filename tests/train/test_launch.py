@@ -223,6 +223,7 @@ time.sleep(60)
 
 STUBBORN = """
 signal.signal(signal.SIGINT, lambda *_: done('told'))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 done('up')
 end = time.time() + 60
 while time.time() < end: time.sleep(0.1)

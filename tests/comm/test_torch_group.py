@@ -1,0 +1,60 @@
+"""What is special about torch's groups: deadlines in words, tensors of both libraries, links of NumPy arrays."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="these groups are torch's")
+
+import torch
+import torch.distributed as dist
+
+from trainfleet.comm.torch_group import TorchGroup
+from trainfleet.errors import PeerError
+
+SOON = timedelta(seconds=0.5)
+
+
+def late(operation: str) -> str:
+    """Rank 0 waits for a rank that does not come, in a group that is not used again."""
+    group = TorchGroup(dist.new_group([0, 1]), name="dp_shard")
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+        return ""
+    began = time.monotonic()
+    with pytest.raises(PeerError) as caught:
+        if operation == "barrier":
+            group.barrier(SOON)
+        else:
+            group.all_reduce_(torch.ones(2)).wait(SOON)
+    assert time.monotonic() - began < 1.4
+    return str(caught.value)
+
+
+def test_a_collective_ends_at_its_deadline_and_names_rank_axis_and_call(ranks):
+    sentence = ranks(2, late, "all_reduce_")[0]
+    assert sentence.startswith("Rank 0 of 2 along dp_shard: all_reduce_ failed after 0.5 s, because a peer is gone")
+
+
+def test_a_barrier_names_the_ranks_that_did_not_come(ranks):
+    sentence = ranks(2, late, "barrier")[0]
+    assert "barrier failed" in sentence
+    assert "Ranks 1 failed to pass monitoredBarrier" in sentence
+
+
+def both_kinds() -> list[object]:
+    group = TorchGroup(dist.group.WORLD)
+    tensor = torch.full((2,), float(group.rank), dtype=torch.bfloat16)
+    array = np.full(2, float(group.rank))
+    group.all_reduce_(tensor, "mean").wait()
+    group.all_reduce_(array, "mean").wait()
+    parts = group.all_gather(array)
+    return [tensor.dtype == torch.bfloat16, tensor.tolist(), array.tolist(), type(parts[0]).__name__]
+
+
+def test_tensors_and_arrays_are_worked_on_in_place_and_keep_their_kind(ranks):
+    assert ranks(2, both_kinds) == [[True, [0.5, 0.5], [0.5, 0.5], "ndarray"]] * 2
