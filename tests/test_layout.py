@@ -36,7 +36,7 @@ OTHER_FILES = {"test_layout", "test_models", "test_public_names", "test_docs", "
 # Everything that must work where torch is not installed.
 WITHOUT_TORCH = ["errors", "log", "config", "deps", "state", "events", "batch", "loss", "plan", "balance", "mesh"]
 WITHOUT_TORCH += ["store", "checkpoint", "monitor", "data", "comm.group", "comm.threads", "comm.environment"]
-WITHOUT_TORCH += ["cli", "train.recipe", "train.schedule"]
+WITHOUT_TORCH += ["cli", "train.recipe", "train.schedule", "training.recipe", "training.schedule"]
 
 
 def modules(folder: Path) -> set[str]:
@@ -91,6 +91,11 @@ def test_all_is_what_is_exported_and_every_name_loads():
         assert value.__name__ == name and (value.__doc__ or "").strip()
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = trainfleet.Trainr
+
+
+def test_no_public_name_is_also_a_module():
+    """`from trainfleet import x` would give the one or the other, by what was imported before."""
+    assert {path.stem for path in PACKAGE.iterdir()} & set(trainfleet.__all__) == set()
 
 
 def test_the_names_of_every_package_are_there():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
     from trainfleet.train.launch import launch
+    from trainfleet.train.train import train
     from trainfleet.train.trainer import Trainer
     from trainfleet.train.verify import verify
 
@@ -34,6 +35,7 @@ _HOMES = {
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
     "trainfleet.train.launch": ("launch",),
+    "trainfleet.train.train": ("train",),
     "trainfleet.train.trainer": ("Trainer",),
     "trainfleet.train.verify": ("verify",),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "launch",
     "open_store",
     "parallelize",
+    "train",
     "verify",
 ]
 
