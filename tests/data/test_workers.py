@@ -212,8 +212,15 @@ SCRIPT = """
     import sys, time, signal
     import numpy as np
     from trainfleet.data import LocalBatches
+    class Slow:
+        def __len__(self):
+            return 50
+        def __getitem__(self, index):
+            if index >= 5:
+                time.sleep(600)  # busy when the parent ends, not listening to it
+            return np.ones(9000)
     if __name__ == "__main__":
-        stream = LocalBatches([np.ones(9000)] * 50, size=5, workers=2, start_method=sys.argv[2])
+        stream = LocalBatches(Slow(), size=5, shuffle=False, workers=2, start_method=sys.argv[2])
         next(stream)
         print(*stream.worker_pids, flush=True)
         if sys.argv[1] == "wait":

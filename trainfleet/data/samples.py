@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import random
 import sys
@@ -146,11 +147,12 @@ class Transform:
         """Seed `random`, `numpy.random` and torch, for code that knows no generator of its own."""
         if not self._seeds_globals:
             return
-        words = np.random.SeedSequence([self.seed & MASK, epoch, index]).generate_state(3)
-        random.seed(int(words[0]))
+        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=12).digest()
+        words = np.frombuffer(digest, "<u4").tolist()
+        random.seed(words[0])
         np.random.seed(words[1])
         if (torch := sys.modules.get("torch")) is not None:
-            torch.default_generator.manual_seed(int(words[2]))
+            torch.default_generator.manual_seed(words[2])
 
     @contextmanager
     def kept_randomness(self) -> Iterator[None]:

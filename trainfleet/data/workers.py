@@ -153,7 +153,7 @@ class WorkerPool:
     def _start(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe(duplex=True)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        arguments = (self._maker, theirs, os.getpid(), in_main_thread, self._context.get_start_method() == "fork")
+        arguments = (self._maker, theirs, os.getpid(), in_main_thread, self._context.get_start_method())
         process = self._context.Process(  # type: ignore[attr-defined]
             target=_work, args=arguments, name=f"trainfleet-data-{number}", daemon=True
         )
@@ -275,8 +275,8 @@ def _end_all(workers: list[_Worker]) -> None:
 # -- in the worker process ---------------------------------------------------------------------------------------
 
 
-def _work(maker: Maker, conn: Connection, parent: int, in_main_thread: bool, forked: bool) -> None:
-    _settle(conn, parent, in_main_thread, forked)
+def _work(maker: Maker, conn: Connection, parent: int, in_main_thread: bool, method: StartMethod) -> None:
+    _settle(conn, parent, in_main_thread, method)
     descriptor = anonymous_file(CELL.size)
     cell = mmap.mmap(descriptor, 0)
     CELL.pack_into(cell, 0, 0, -1, -1)
@@ -331,26 +331,28 @@ def _retold(kind: type[TrainfleetError], message: str, hint: str | None, trace: 
     return error
 
 
-def _settle(conn: Connection, parent: int, in_main_thread: bool, forked: bool) -> None:
+def _settle(conn: Connection, parent: int, in_main_thread: bool, method: StartMethod) -> None:
     """Live and die for the parent only."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if forked:
+    if method == "fork":
         signal.set_wakeup_fd(-1)
         _release_sockets(keep=conn.fileno())
-    # The kernel's notice is bound to the *thread* that started us, so it only serves for the main thread.
-    # A fork server is our parent in the kernel's eyes, and ends with the true one.
-    if sys.platform.startswith("linux") and (in_main_thread or not forked):
+    # The kernel's notice is bound to the *thread* that started us, so it only serves for the main thread,
+    # and to the process that forked us, which may be a fork server, who outlives the true parent.
+    if sys.platform.startswith("linux") and in_main_thread and method != "forkserver":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if forked and os.getppid() != parent:
+        if os.getppid() != parent:
             os._exit(0)
     else:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _watch(forked_by: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == forked_by and not wait([parent.sentinel], 0.5):
+        pass
     os._exit(0)
 
 
