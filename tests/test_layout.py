@@ -137,7 +137,7 @@ def now():
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     return dict(os.environ), list(logging.getLogger().handlers), handlers, threading.active_count(), sys.path[:]
 before = now()
-import trainfleet.cli.main, trainfleet.config, trainfleet.train.recipe, trainfleet.mesh
+import trainfleet.cli.main, trainfleet.config, trainfleet.training.recipe, trainfleet.mesh
 assert now() == before, (before, now())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -145,7 +145,7 @@ assert now() == before, (before, now())
 
 
 def recipe_class() -> type:
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
     return Recipe
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from trainfleet.plan import Plan
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
-    from trainfleet.train.launch import launch
-    from trainfleet.train.train import train
-    from trainfleet.train.trainer import Trainer
-    from trainfleet.train.verify import verify
+    from trainfleet.training.launch import launch
+    from trainfleet.training.train import train
+    from trainfleet.training.trainer import Trainer
+    from trainfleet.training.verify import verify
 
 _HOMES = {
     "trainfleet.checkpoint": ("Checkpointer",),
@@ -34,10 +34,10 @@ _HOMES = {
     "trainfleet.plan": ("Plan",),
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
-    "trainfleet.train.launch": ("launch",),
-    "trainfleet.train.train": ("train",),
-    "trainfleet.train.trainer": ("Trainer",),
-    "trainfleet.train.verify": ("verify",),
+    "trainfleet.training.launch": ("launch",),
+    "trainfleet.training.train": ("train",),
+    "trainfleet.training.trainer": ("Trainer",),
+    "trainfleet.training.verify": ("verify",),
 }
 
 __all__ = [

@@ -30,5 +30,10 @@ class LossSum:
         weight = float(self.weight)
         return float(self.total) / weight if weight else 0.0
 
+    @property
+    def mean_tensor(self) -> Any:
+        """total / weight with its graph, for a loop that calls `backward` itself."""
+        return self.total / self.weight
+
     def __add__(self, other: LossSum) -> LossSum:
         return LossSum(self.total + other.total, self.weight + other.weight)

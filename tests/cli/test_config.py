@@ -6,7 +6,7 @@ import pytest
 
 from trainfleet.cli.main import main
 from trainfleet.config import load_config
-from trainfleet.train.recipe import Recipe
+from trainfleet.training.recipe import Recipe
 
 RECIPE = "model: {name: 'gpt:GPT'}\ndata:\n  source: csv\nplan:\n  zero: 2\n"
 

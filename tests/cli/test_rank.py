@@ -4,7 +4,7 @@ import sys
 from types import SimpleNamespace
 
 from trainfleet.cli import rank
-from trainfleet.train import job
+from trainfleet.training import job
 
 
 def test_a_rank_reads_the_resolved_recipe_and_nothing_else(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from trainfleet.cli.main import main
 from trainfleet.config import load_config
 from trainfleet.deps import installed
 from trainfleet.errors import ConfigError
-from trainfleet.train import job, launch
-from trainfleet.train.recipe import Recipe
+from trainfleet.training import job, launch
+from trainfleet.training.recipe import Recipe
 
 RECIPE = """
 folder: run

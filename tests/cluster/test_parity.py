@@ -20,7 +20,7 @@ from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
-from trainfleet.train.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
+from trainfleet.training.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
 
 STEPS = 20
 

@@ -72,7 +72,7 @@ def hosts() -> Iterator[Hosts]:
 RANK = """
 import torch
 from trainfleet.mesh import Mesh
-from trainfleet.train.failure import reported_failures
+from trainfleet.training.failure import reported_failures
 
 with reported_failures(), Mesh.from_env(device="cpu") as mesh:
     total = torch.full((3,), float(mesh.rank + 1))
@@ -86,7 +86,7 @@ import sys
 from datetime import timedelta
 from trainfleet.comm import rendezvous
 from trainfleet.errors import TrainfleetError
-from trainfleet.train.launch import run_elastic
+from trainfleet.training.launch import run_elastic
 
 if "older" in sys.argv:
     rendezvous.versions.__code__ = (lambda: {"trainfleet": "0.0.1", "torch": "1.0", "python": "3.10"}).__code__

@@ -17,7 +17,7 @@ from gpt_stdlib import PROMPT, SAMPLE_BYTES, finish  # noqa: E402
 from trainfleet.config import load_config  # noqa: E402
 from trainfleet.data import open_source  # noqa: E402
 from trainfleet.imports import load_object  # noqa: E402
-from trainfleet.train.recipe import Recipe  # noqa: E402
+from trainfleet.training.recipe import Recipe  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import typer
 from trainfleet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
 app = typer.Typer(
     help="Show, explain and begin recipes.",
@@ -86,7 +86,7 @@ def docs(output: Path | None = typer.Option(None, "--output", "-o", help="A file
 
 
 def _recipe_class() -> type[Recipe]:
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
     return Recipe
 

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> int:
     from trainfleet.cli.train import make_importable, train_here
     from trainfleet.comm.environment import RankEnvironment
     from trainfleet.config import load_config
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
     resolved, folder = arguments[:2]
     recipe = load_config(Recipe, file=Path(resolved), env={}, dotenv=Path(os.devnull)).value

@@ -15,7 +15,7 @@ from trainfleet.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from trainfleet.comm.environment import RankEnvironment
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
 INTERRUPTED = 130
 RESUME = ("auto", "never", "must")
@@ -61,7 +61,7 @@ def train(
     """
     from trainfleet.comm.environment import RankEnvironment
     from trainfleet.config import load_config
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=[*(overrides or []), *_resume_override(resume)]).value
     make_importable(recipe.parent)
@@ -88,8 +88,8 @@ def train(
 def train_here(recipe: Recipe, environment: RankEnvironment, *, debug: bool) -> int:
     """Train as one rank, in this process; the exit code."""
     from trainfleet import log
-    from trainfleet.train.failure import reported_failures
-    from trainfleet.train.job import run
+    from trainfleet.training.failure import reported_failures
+    from trainfleet.training.job import run
 
     log.setup("debug" if debug else "info", environment.rank, environment.world_size)
     with reported_failures():
@@ -109,8 +109,8 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     """Check what can be checked here, then start this host's ranks with the recipe as it is now, and wait."""
     from trainfleet import log
     from trainfleet.config import to_yaml
-    from trainfleet.train.job import check
-    from trainfleet.train.launch import run_elastic
+    from trainfleet.training.job import check
+    from trainfleet.training.launch import run_elastic
 
     log.setup("debug" if debug else "info")
     check(recipe, ranks.world_size)
@@ -130,7 +130,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
 
 
 def _check_aloud(recipe: Recipe, world_size: int) -> None:
-    from trainfleet.train.job import check
+    from trainfleet.training.job import check
 
     for line in check(recipe, world_size):
         print(line)

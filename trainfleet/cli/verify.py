@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from trainfleet.train.verify import Verdict
+    from trainfleet.training.verify import Verdict
 
 
 def verify(
@@ -28,8 +28,8 @@ def verify(
     from trainfleet import log
     from trainfleet.cli.train import make_importable
     from trainfleet.config import load_config
-    from trainfleet.train import verify_recipe as proof
-    from trainfleet.train.recipe import Recipe
+    from trainfleet.training import verify_recipe as proof
+    from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=overrides or []).value
     make_importable(recipe.parent)

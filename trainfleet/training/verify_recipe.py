@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
-from trainfleet.train.job import Given, build_model
-from trainfleet.train.losses import loss_by_name
-from trainfleet.train.recipe import Recipe
-from trainfleet.train.verify import Case, Verdict, verify
+from trainfleet.training.job import Given, build_model
+from trainfleet.training.losses import loss_by_name
+from trainfleet.training.recipe import Recipe
+from trainfleet.training.verify import Case, Verdict, verify
 
 if TYPE_CHECKING:
     from torch import nn

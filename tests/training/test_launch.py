@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="launching needs torch")
 from trainfleet.comm import environment
 from trainfleet.errors import DataError, LaunchError, PeerError, RankFailed
 from trainfleet.mesh import Mesh
-from trainfleet.train.launch import launch, run_elastic
+from trainfleet.training.launch import launch, run_elastic
 
 pytestmark = pytest.mark.cluster
 
@@ -88,7 +88,7 @@ def test_launch_within_a_rank_and_impossible_numbers_are_refused(monkeypatch):
 
 SCRIPT = """
 import sys
-from trainfleet.train.launch import launch
+from trainfleet.training.launch import launch
 from trainfleet.errors import TrainfleetError
 
 def square(x):
@@ -181,7 +181,7 @@ def test_ranks_start_anew_as_often_as_allowed(tmp_path):
 LAUNCHER = """
 import json, sys
 from datetime import timedelta
-from trainfleet.train.launch import run_elastic
+from trainfleet.training.launch import run_elastic
 sys.exit(run_elastic(json.loads(sys.argv[1]), nproc=2, grace=timedelta(seconds=float(sys.argv[2]))))
 """
 
@@ -309,7 +309,7 @@ def test_impossible_numbers_of_hosts_are_refused_at_once(arguments, words):
 
 
 def test_no_report_is_written_outside_of_our_own_ranks(monkeypatch):
-    from trainfleet.train.failure import reported_failures
+    from trainfleet.training.failure import reported_failures
 
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC")]:
         monkeypatch.delenv(name)

@@ -102,7 +102,7 @@ def verify(case: Case, plan: Plan, nproc: int) -> Verdict:
 
     The parts of `case` must be functions with a name of their own, or the processes cannot find them.
     """
-    from trainfleet.train.launch import launch
+    from trainfleet.training.launch import launch
 
     together, remarks = reference_case(case, nproc)
     with Mesh.from_env(Plan(precision=plan.precision)) as mesh:

@@ -9,9 +9,9 @@ from trainfleet.batch import Batch
 from trainfleet.config import load_config
 from trainfleet.errors import ConfigError
 from trainfleet.events import Observer
-from trainfleet.train.job import Given, run
-from trainfleet.train.outcome import Outcome
-from trainfleet.train.recipe import Recipe
+from trainfleet.training.job import Given, run
+from trainfleet.training.outcome import Outcome
+from trainfleet.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from trainfleet.comm.environment import DEFAULT_PORT, RankEnvironment, is_loopback, threads_per_rank
 from trainfleet.comm.rendezvous import address_towards, leave, meet, versions
 from trainfleet.errors import LaunchError
-from trainfleet.train.failure import UNGUARDED, reported_failures
+from trainfleet.training.failure import UNGUARDED, reported_failures
 
 if TYPE_CHECKING:
-    from trainfleet.train.agent import Job
+    from trainfleet.training.agent import Job
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def launch(
     start_method = _start_method(fn, args, kwargs or {})
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    from trainfleet.train.agent import Job, run_function
+    from trainfleet.training.agent import Job, run_function
 
     call: Any = (fn, tuple(args), dict(kwargs or {}))
     threads = threads_per_rank(nproc)
@@ -95,7 +95,7 @@ def run_elastic(
     meeting = None if nnodes == 1 else _meeting(nnodes, node_rank, rendezvous)
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    from trainfleet.train.agent import Job, run_command
+    from trainfleet.training.agent import Job, run_command
 
     job = Job(nproc=nproc, max_restarts=max_restarts, timeout=timeout, grace=grace)
     try:

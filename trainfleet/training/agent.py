@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from trainfleet.comm.environment import RUN_ID
 from trainfleet.errors import PeerError
-from trainfleet.train.failure import Failure, cause_of, death_of, failure_from_json, read_failures
+from trainfleet.training.failure import Failure, cause_of, death_of, failure_from_json, read_failures
 
 if TYPE_CHECKING:
     from types import FrameType

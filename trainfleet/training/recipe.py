@@ -10,7 +10,7 @@ from trainfleet.data import BatchConfig, DataConfig
 from trainfleet.errors import ConfigError
 from trainfleet.monitor import MonitorConfig
 from trainfleet.plan import STRICT, Plan
-from trainfleet.train.schedule import ScheduleConfig
+from trainfleet.training.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,10 +28,10 @@ from trainfleet.monitor import used_bytes
 from trainfleet.parallel import Ema, Engine, NativeEngine
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.state import Stateful
-from trainfleet.train.outcome import Outcome
-from trainfleet.train.recipe import TrainConfig
-from trainfleet.train.schedule import ScheduleConfig, multiple
-from trainfleet.train.stop import StopVote
+from trainfleet.training.outcome import Outcome
+from trainfleet.training.recipe import TrainConfig
+from trainfleet.training.schedule import ScheduleConfig, multiple
+from trainfleet.training.stop import StopVote
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,14 +21,14 @@ from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder, observers_for
 from trainfleet.store import open_store
-from trainfleet.train.losses import loss_by_name
-from trainfleet.train.outcome import Outcome
-from trainfleet.train.recipe import Recipe
+from trainfleet.training.losses import loss_by_name
+from trainfleet.training.outcome import Outcome
+from trainfleet.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainfleet.train.trainer import Trainer
+    from trainfleet.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
 
     from trainfleet.parallel import parallelize
     from trainfleet.parallel.optimizers import build_optimizer
-    from trainfleet.train.trainer import Trainer
+    from trainfleet.training.trainer import Trainer
 
     micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
     with ExitStack() as closing:

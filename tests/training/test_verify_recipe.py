@@ -9,9 +9,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="a case holds batches of tensors")
 
 from trainfleet.config import load_config  # noqa: E402
-from trainfleet.errors import DataError  # noqa: E402
-from trainfleet.train.recipe import Recipe  # noqa: E402
-from trainfleet.train.recipe_case import case_of  # noqa: E402
+from trainfleet.training.recipe import Recipe  # noqa: E402
+from trainfleet.training.verify_recipe import case_of  # noqa: E402
 
 TINY = """
 import numpy as np
@@ -54,7 +53,7 @@ def inputs(case, count):
 
 
 def test_a_case_has_the_recipes_numbers(recipe):
-    case = case_of(recipe(**{"train.seed": 7, "train.clip_norm": 0.5}), 2, steps=2)
+    case = case_of(recipe(**{"train.seed": 7, "train.clip_norm": 0.5}), 2, steps=2, accumulation=2)
     assert (case.steps, case.accumulation, case.seed, case.clip_norm) == (2, 2, 7, 0.5)
     model = case.build()
     assert model.weight.shape == (1, 3)
@@ -62,23 +61,22 @@ def test_a_case_has_the_recipes_numbers(recipe):
 
 
 def test_the_batches_are_each_sample_once_in_the_order_of_the_seed(recipe):
-    seen = inputs(case_of(recipe(), 2, steps=2), 8)
+    seen = inputs(case_of(recipe(), 2, steps=2, accumulation=2), 8)
     assert all(len(batch) == 2 for batch in seen)
     assert len({sample for batch in seen for sample in batch}) == 16
-    assert seen == inputs(case_of(recipe(), 2, steps=2), 8)
-    assert seen != inputs(case_of(recipe(**{"train.seed": 1}), 2, steps=2), 8)
+    assert seen == inputs(case_of(recipe(), 2, steps=2, accumulation=2), 8)
+    assert seen != inputs(case_of(recipe(**{"train.seed": 1}), 2, steps=2, accumulation=2), 8)
 
 
 def test_a_case_can_be_sent_to_ranks(recipe):
-    case = case_of(recipe(), 2, steps=1)
+    case = case_of(recipe(), 2, steps=1, accumulation=2)
     again = pickle.loads(pickle.dumps(case))
     assert inputs(again, 4) == inputs(case, 4)
     assert again.build().weight.shape == (1, 3)
 
 
-def test_an_iterable_that_ends_too_soon_is_refused_with_a_remedy(recipe, tmp_path):
-    (tmp_path / "tiny_case.py").write_text(
-        TINY + "\nclass Few:\n    def __iter__(self):\n        return iter([{'input': [0.0] * 3}] * 0)\n"
-    )
-    with pytest.raises(DataError):
-        case_of(recipe(**{"data.source": "tiny_case:Few"}), 2, steps=2)
+def test_a_recipe_holds_on_two_processes(recipe):
+    from trainfleet.training.verify_recipe import verify_recipe
+
+    verdict = verify_recipe(recipe(**{"plan.zero": 3, "optimizer.lr": 1e-4}), 2, steps=2)
+    assert verdict.holds, str(verdict)

@@ -1,0 +1,97 @@
+"""Every example runs as the README says, and its programs are short enough to stand there."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the examples train with torch")
+pytest.importorskip("sklearn", reason="the examples train on scikit-learn's digits")
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+
+
+def run(command: list[str], folder: Path, seconds: int = 200) -> str:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(EXAMPLES),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def python(name: str) -> list[str]:
+    return [sys.executable, str(EXAMPLES / name)]
+
+
+def torchrun(name: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLES / name)]
+
+
+def test_quick_start_finishes(tmp_path: Path) -> None:
+    assert "reason='finished'" in run(python("quick_start.py"), tmp_path)
+
+
+def test_one_call_learns(tmp_path: Path) -> None:
+    held_out = float(run(python("one_call.py"), tmp_path).split()[-1])
+    assert held_out < 0.6
+
+
+def test_own_loop_runs_under_torchrun(tmp_path: Path) -> None:
+    loss = float(re.search(r"loss ([\d.]+) after 100 steps on 2 processes", run(torchrun("own_loop.py"), tmp_path))[1])  # type: ignore[index]
+    assert loss < 1.5
+
+
+def test_zero_shows_what_a_process_holds(tmp_path: Path) -> None:
+    lines = run(python("zero.py"), tmp_path).splitlines()
+    held = [ast.literal_eval(line.split(" ", 1)[1]) for line in lines if line.startswith("zero=")]
+    assert len(held) == 4
+    assert held[0]["optimizer state"] > 1.9 * held[1]["optimizer state"]
+
+
+def test_own_callback_tells_its_own_metric(tmp_path: Path) -> None:
+    assert re.search(r"track +100/100 +images 3200", run(python("own_callback.py"), tmp_path))
+
+
+def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    short = ["train.steps=2", "train.evaluate_every=null", "train.evaluate_batches=1", "train.finish=null"]
+    command = ["bash", str(EXAMPLES / "several_hosts.sh")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    second = subprocess.Popen(
+        [*command, "1", meeting, *short, f"folder={tmp_path / 'run'}"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        first = run([*command, "0", meeting, *short, f"folder={tmp_path / 'run'}"], tmp_path)
+        assert second.wait(60) == 0, second.stdout and second.stdout.read()
+    finally:
+        second.kill()
+    assert "processes 2" in first
+    assert "finished" in first
+
+
+@pytest.mark.parametrize("program", ["quick_start.py", "one_call.py"])
+def test_the_readmes_programs_are_at_most_twelve_lines(program: str) -> None:
+    text = (EXAMPLES / program).read_text()
+    body = text.split('"""', 2)[2]
+    statements = [line for line in body.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
+    assert len(statements) <= 12

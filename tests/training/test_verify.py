@@ -1,0 +1,109 @@
+"""verify says yes to a plan that computes the same, and names the first tensor where one does not."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from models import MODELS  # noqa: E402
+from rank_pool import RankPools  # noqa: E402
+
+from trainfleet.mesh import Mesh  # noqa: E402
+from trainfleet.plan import Plan  # noqa: E402
+from trainfleet.training.verify import Case, compare, reference_case, trace, verify  # noqa: E402
+
+
+def build(name: str) -> Any:
+    return MODELS[name].build(0)
+
+
+def micro_batch(name: str, number: int) -> Any:
+    return MODELS[name].micro_batch(0, number)
+
+
+def adamw(model: Any) -> Any:
+    return torch.optim.AdamW(model.parameters(), lr=5e-3)
+
+
+def case(name: str, **options: Any) -> Case:
+    return Case(
+        build=functools.partial(build, name),
+        loss_fn=MODELS[name].loss_fn,
+        micro_batch=functools.partial(micro_batch, name),
+        optimizer=adamw,
+        **options,
+    )
+
+
+def traced(name: str, plan: Plan, fault: str | None = None) -> Any:
+    """A trace on the ranks; `fault` plants a classic silent mistake."""
+    from trainfleet.parallel.replicate import GradientAverage
+
+    average = GradientAverage.finish
+    if fault == "a rank's gradients are not averaged":
+        GradientAverage.finish = lambda self: None  # type: ignore[method-assign]
+        GradientAverage._on_gradient = lambda self, parameter: None  # type: ignore[method-assign]
+    try:
+        with Mesh.from_env(plan) as mesh:
+            return trace(case(name), plan, mesh)
+    finally:
+        GradientAverage.finish = average  # type: ignore[method-assign]
+
+
+def reference(name: str, ranks: int) -> Any:
+    with Mesh.from_env(Plan()) as mesh:
+        return trace(reference_case(case(name), ranks)[0], Plan(), mesh)
+
+
+def test_a_clean_plan_holds_and_gradients_are_compared(ranks: RankPools) -> None:
+    found = ranks(2, traced, "transformer", Plan(zero=2))[0]
+    verdict = compare(ranks(1, reference, "transformer", 2)[0], found, "fp32")
+    assert verdict.holds and verdict.first is None
+    assert any("gradient of blocks.0.qkv.weight" in name for name in found)
+    assert "agree" in str(verdict)
+
+
+def test_a_missing_average_is_found_at_the_first_gradient(ranks: RankPools) -> None:
+    found = ranks(2, traced, "transformer", Plan(), "a rank's gradients are not averaged")[0]
+    verdict = compare(ranks(1, reference, "transformer", 2)[0], found, "fp32")
+    assert not verdict.holds and verdict.first is not None
+    assert verdict.first.tensor.startswith("step 1, gradient of")
+    assert "First to differ: step 1, gradient of" in str(verdict)
+
+
+def test_comparison_names_what_is_missing_surplus_and_of_another_shape() -> None:
+    one = {"a": np.ones(3), "b": np.ones(2)}
+    assert compare(one, {"a": np.ones(3)}, "fp32").first.tensor == "b"  # type: ignore[union-attr]
+    assert compare(one, {**one, "c": np.ones(1)}, "fp32").first.tensor == "c"  # type: ignore[union-attr]
+    assert compare(one, {"a": np.ones((3, 1)), "b": np.ones(2)}, "fp32").first.tensor == "a"  # type: ignore[union-attr]
+
+
+def test_an_overflow_agrees_only_where_the_same_elements_overflow() -> None:
+    one = {"norm": np.array([np.inf, 1.0])}
+    assert compare(one, {"norm": np.array([np.inf, 1.0])}, "fp16").holds
+    assert not compare(one, {"norm": np.array([1.0, 1.0])}, "fp16").holds
+
+
+def test_tolerance_follows_the_precision() -> None:
+    one, other = {"x": np.ones(4)}, {"x": np.ones(4) * 1.001}
+    assert not compare(one, other, "fp32").holds
+    assert compare(one, other, "bf16").holds
+
+
+def test_batch_statistics_are_compared_with_the_whole_batch() -> None:
+    changed, remarks = reference_case(case("convolutional"), 2)
+    images, _ = changed.micro_batch(3)
+    assert len(images) == 2 * len(case("convolutional").micro_batch(0)[0])
+    assert "batch statistics" in remarks[0]
+    assert changed.accumulation == 1
+    assert reference_case(case("transformer"), 2)[0].accumulation == 2
+
+
+def test_it_launches_its_own_processes() -> None:
+    verdict = verify(case("scalars", steps=2), Plan(zero=3), nproc=2)
+    assert verdict.holds, str(verdict)
