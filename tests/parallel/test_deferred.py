@@ -217,54 +217,6 @@ def test_memory_never_written_is_zero() -> None:
     assert not materialize(deferred(Forgotten), "cpu").weight.any()
 
 
-def reads_item(weight: Tensor) -> Any:
-    return weight.sum().item()
-
-
-def reads_bool(weight: Tensor) -> Any:
-    return 1 if weight.max() > 0 else 0
-
-
-def reads_numpy(weight: Tensor) -> Any:
-    return weight.detach().numpy().mean()
-
-
-def reads_list(weight: Tensor) -> Any:
-    return weight.tolist()
-
-
-def selects(weight: Tensor) -> Any:
-    return weight[weight > 0]
-
-
-@pytest.mark.parametrize("read", [reads_item, reads_bool, reads_numpy, reads_list, selects])
-def test_reading_a_random_value_is_refused_with_its_line(read: Callable[[Tensor], Any]) -> None:
-    before = torch.get_rng_state()
-    line = f"{__file__}:{read.__code__.co_firstlineno + 1}"
-    with pytest.raises(PlanError, match="Build it for real") as refusal:
-        deferred(initialised(read))
-    assert line in str(refusal.value)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_an_array_read_from_a_deferred_tensor_cannot_be_written() -> None:
-    def build() -> nn.Module:
-        layer = nn.LayerNorm(3)
-        layer.weight.detach().numpy()[:] = 2
-        return layer
-
-    with pytest.raises(ValueError, match="read-only"):
-        deferred(build)
-
-
-def test_random_numbers_for_real_tensors_are_refused() -> None:
-    given = torch.zeros(3)
-    with pytest.raises(PlanError, match="already real"):
-        deferred(lambda: init.normal_(given))  # type: ignore[arg-type,return-value]
-    with pytest.raises(PlanError, match="already real"):
-        deferred(lambda: given.copy_(torch.ones(3)))  # type: ignore[arg-type,return-value]
-
-
 def test_a_source_changed_before_materialising_is_refused() -> None:
     source = torch.ones(9, 6)
     model = deferred(initialised(lambda weight: weight.data.copy_(source)))

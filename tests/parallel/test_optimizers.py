@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -75,27 +74,6 @@ def table_differences(classes: list[type[Optimizer]]) -> dict[str, float]:
 def test_optimizers_called_right_equal_one_process_on_shards(ranks: Any, size: int, classes: list[Any]) -> None:
     for found in ranks(size, table_differences, classes):
         assert {name: value for name, value in found.items() if value > 1e-6} == {}
-
-
-def muon_differences() -> list[float]:
-    return [
-        difference(lambda _, ps: shard_safe(torch.optim.Muon(ps, lr=0.01, **options)), matrices_only=True)  # noqa: B023
-        for options in [{}, *OPTIONS[torch.optim.Muon]]
-    ]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_muon_made_right_equals_one_process_on_shards(ranks: Any, size: int) -> None:
-    assert max(max(found) for found in ranks(size, muon_differences)) == 0
-
-
-def test_gathered_muon_is_torchs_muon_on_whole_parameters() -> None:
-    def torchs(_: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
-        return torch.optim.Muon(parameters, lr=0.01)
-
-    ours = trained(lambda m, ps: shard_safe(torchs(m, ps)), shard=False, matrices_only=True)
-    theirs = trained(torchs, shard=False, matrices_only=True)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def failures() -> dict[str, bool]:
@@ -238,31 +216,6 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert muon.param_groups[0]["momentum"] == 0.9 and adamw.param_groups[0]["betas"] == (0.8, 0.9)
     assert set(decays(optimizer, model)) == {n for n, p in model.named_parameters() if p.requires_grad}
     check_optimizer(optimizer, Plan(zero=2))
-
-
-def quadratic_step(model: nn.Module, optimizer: Optimizer) -> None:
-    optimizer.zero_grad()
-    sum((p * p).sum() for p in model.parameters() if p.requires_grad).backward()  # type: ignore[union-attr]
-    optimizer.step()
-
-
-def test_joined_optimizers_resume_and_follow_a_schedule() -> None:
-    torch.manual_seed(0)
-    model = Language()
-    nn.init.normal_(model.pos_embed)
-    optimizer = build_optimizer("muon", model, 1e-2)
-    quadratic_step(model, optimizer)
-    other = copy.deepcopy(model)
-    resumed = build_optimizer("muon", other, 1.0)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    schedules = [torch.optim.lr_scheduler.StepLR(each, 1, 0.5) for each in (optimizer, resumed)]
-    for _ in range(3):
-        for each, its, schedule in zip((model, other), (optimizer, resumed), schedules):
-            quadratic_step(each, its)
-            schedule.step()
-    assert resumed.param_groups[0]["lr"] == 1e-2 / 8
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
-    assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
 
 
 def test_a_kernel_is_fused_where_torch_has_one() -> None:

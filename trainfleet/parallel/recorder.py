@@ -220,11 +220,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.view(leaf) or Constant.of(leaf, _caller())
 
     def _add(self, tensor: Tensor) -> View:
-        if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise PlanError(
-                f"{_caller()} makes a tensor of the kind {tensor.layout} {type(tensor).__name__}, which cannot be "
-                "deferred. Build the model for real (without `deferred`)."
-            )
+        _refuse_kind(tensor)
         memory = tensor.untyped_storage()
         self._storages[memory._cdata] = len(self._memory)
         self._memory.append(memory)
@@ -357,7 +353,16 @@ def _twin(leaf: Any) -> Any:
     """A meta tensor that lies as `leaf` does."""
     if not isinstance(leaf, Tensor):
         return leaf
+    _refuse_kind(leaf)
     return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=META)
+
+
+def _refuse_kind(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise PlanError(
+            f"{_caller()} uses a {type(tensor).__name__} of layout {tensor.layout}, which cannot be deferred. "
+            "Build the model for real (without `deferred`)."
+        )
 
 
 def _impossible(func: Any) -> PlanError:
