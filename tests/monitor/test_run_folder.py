@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from trainfleet.errors import StoreError
 from trainfleet.monitor.run_folder import RunFolder
@@ -37,12 +36,11 @@ def test_an_earlier_run_is_set_aside_and_not_deleted(tmp_path: Path) -> None:
     assert not folder.path.exists()
 
 
-def test_the_recipe_comes_back_in_its_order(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    recipe = {"train": {"steps": 3, "name": "ü"}, "plan": {"zero": 2, "blocks": ["a", "b"]}}
-    folder.write_recipe(recipe)
-    text = folder.recipe.read_text(encoding="utf-8")
-    assert yaml.safe_load(text) == recipe and text.index("train") < text.index("plan") and "ü" in text
+def test_the_recipe_is_written_whole(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.write_recipe("train: {steps: 3}  # ü\n")
+    assert folder.recipe.read_text(encoding="utf-8") == "train: {steps: 3}  # ü\n"
 
 
 def test_each_start_adds_its_environment(tmp_path: Path) -> None:

@@ -50,8 +50,11 @@ QUIET = {"console": False, "tensorboard": False, "curve": False}
 
 def recipe(folder: Path, **values: Any) -> Recipe:
     base: dict[str, Any] = {
-        "model": {"name": "test_job:Net"},
-        "data": {"source": "test_job:Points", "evaluation_source": "test_job:Points", "evaluation_args": {"count": 10}},
+        "model": {"name": f"{__name__}:Net"},
+        "data": {
+            "source": f"{__name__}:Points",
+            "evaluation": {"source": f"{__name__}:Points", "args": {"count": 10}},
+        },
         "batch": {"micro_batch": 4},
         "train": {"steps": 6, "evaluate_every": 3},
         "checkpoint": {"every": 2},
@@ -69,7 +72,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_a_folder_that_tells_all(tmp_path: Path) -> None:
-    outcome = job.run(recipe(tmp_path / "run", train={"finish": "test_job:finish"}))
+    outcome = job.run(recipe(tmp_path / "run", train={"finish": f"{__name__}:finish"}))
     assert (outcome.step, outcome.reason) == (6, "finished")
     assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples.txt"} <= {
         path.name for path in (tmp_path / "run").iterdir()
@@ -126,10 +129,10 @@ def test_two_ranks_train_as_one_process_does(ranks: RankPools, tmp_path: Path, z
 @pytest.mark.parametrize(
     ("values", "error", "said"),
     [
-        ({"model": {"name": "test_job:Nett"}}, ConfigError, "Did you mean 'Net'"),
+        ({"model": {"name": f"{__name__}:Nett"}}, ConfigError, "Did you mean 'Net'"),
         ({"model": {"name": "no_such_module:Net"}}, ConfigError, "no module 'no_such_module'"),
         ({"model": {"args": {"depth": 3}}}, ConfigError, "does not take model.args"),
-        ({"model": {"name": "test_job:finish"}}, ConfigError, "does not take model.args"),
+        ({"model": {"name": f"{__name__}:finish"}}, ConfigError, "does not take model.args"),
         ({"model": {"name": None}}, ConfigError, "model.name is not set"),
         ({"loss": "msee"}, ConfigError, "loss is 'msee'"),
         ({"checkpoint": {"resume": "must"}}, CheckpointError, "no checkpoint in"),

@@ -72,6 +72,9 @@ def test_a_failing_function_is_reported_by_rank_line_and_cause_and_keeps_its_exi
 def test_signal_handlers_and_ports_are_as_before():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)]
     launch(lambda: None, 1)
+    with pytest.raises(RankFailed) as kept:  # as a notebook keeps the last error
+        launch(lambda: 1 / 0, 1)
+    assert "ZeroDivisionError" in str(kept.value)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)] == before
     assert not [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
 

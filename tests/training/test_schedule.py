@@ -41,7 +41,7 @@ def test_after_warmup_the_rate_never_rises(name: str) -> None:
 
 
 def test_a_schedule_may_be_a_function_of_the_users_own() -> None:
-    assert multiple(ScheduleConfig(name="test_schedule:half"), 3, 10) == 0.5
+    assert multiple(ScheduleConfig(name=f"{__name__}:half"), 3, 10) == 0.5
 
 
 def half(step: int, steps: int) -> float:

@@ -13,14 +13,20 @@ from trainfleet.training.train import FLAT_NAMES, recipe_values
 
 
 def test_every_flat_name_sets_its_key() -> None:
-    values = {"fp16": True, "loss": "mse", "save_dir": "runs/x", "learning_rate": 0.5, "gradient_clipping": 0.5}
+    values: dict[str, Any] = {
+        "fp16": True,
+        "bf16": True,
+        "loss": "mse",
+        "save_dir": "runs/x",
+        "learning_rate": 0.5,
+        "gradient_clipping": 0.5,
+    }
     for name, key in FLAT_NAMES.items():
         recipe = load_config(Recipe, values=recipe_values({name: values.get(name, 1)}), env={}).value
         found: Any = recipe
         for part in key.split("."):
             found = found[part] if isinstance(found, dict) else getattr(found, part)
-        expected = {"fp16": "fp16"}.get(name, values.get(name, 1))
-        assert found == ("bf16" if name == "bf16" else expected), name
+        assert found == (name if name in ("fp16", "bf16") else values.get(name, 1)), name
 
 
 def test_the_names_of_the_issue_are_all_there() -> None:

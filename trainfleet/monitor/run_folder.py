@@ -18,12 +18,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from trainfleet.errors import StoreError
 
@@ -73,9 +71,8 @@ class RunFolder:
             raise StoreError(f"{self.path} cannot be moved to {aside}: {exc.strerror or exc}.") from exc
         return aside
 
-    def write_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """`recipe` holds what YAML can: mappings, lists, texts, numbers, booleans, None."""
-        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+    def write_recipe(self, text: str) -> None:
+        """The resolved recipe, as YAML."""
         _replace(self.recipe, text)
 
     def write_environment(self, **more: Any) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.errors import ConfigError
 from trainfleet.parallel.pieces import as_piece
+from trainfleet.parallel.spread import spread_of
 
 
 class Ema:
@@ -22,6 +23,7 @@ class Ema:
             raise ConfigError(f"train.ema_decay is {decay}; it lies between 0 and 1, often 0.999.")
         self.decay = decay
         self._model = model
+        self._rank = spread_of(model).mesh.rank
         self._averages = {name: _local(p).detach().clone() for name, p in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -51,7 +53,7 @@ class Ema:
             self._averages[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: as_piece(name, p, self._averages[name]) for name, p in self._trained()}
+        return {name: as_piece(name, p, self._averages[name], rank=self._rank) for name, p in self._trained()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, average in self._averages.items():

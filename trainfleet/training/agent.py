@@ -75,65 +75,84 @@ class Job:
     """For ranks that were told to end: to save and to say goodbye."""
 
 
-def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> None:
-    """Run `command` as each rank of this host until all have ended; RankFailed names the cause if one failed."""
+def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> int:
+    """Run `command` as each rank of this host until all have ended; RankFailed names the cause if one failed.
+
+    0, or 128 + the number of the signal that ended them.
+    """
     wrapped = ["-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(threads or ""), *command]
     wrapped = [argument.replace("$", "$$") for argument in wrapped]  # the agent fills in templates
-    _run(job, sys.executable, wrapped)
+    ended = _run(job, sys.executable, wrapped)
+    return 128 + ended if isinstance(ended, signal.Signals) else 0
 
 
 def run_function(job: Job, function: Callable[..., Any], args: Sequence[Any], *, start_method: str) -> list[Any]:
-    """What `function(*args)` returns on each rank of this host."""
-    returned = _run(job, function, args, start_method)
-    return [returned[rank] for rank in sorted(returned)]
+    """What `function(*args)` returns on each rank of this host; KeyboardInterrupt if a signal ended them."""
+    ended = _run(job, function, args, start_method)
+    if isinstance(ended, signal.Signals):
+        raise KeyboardInterrupt(f"The ranks were ended by {ended.name}.")
+    return [ended[rank] for rank in sorted(ended)]
 
 
 def _run(
     job: Job, entrypoint: str | Callable[..., Any], args: Sequence[Any], start_method: str = "spawn"
-) -> dict[int, Any]:
-    seconds = max(1, round(job.timeout.total_seconds()))
+) -> dict[int, Any] | signal.Signals:
     with tempfile.TemporaryDirectory(prefix="trainfleet-") as folder, _signals_restored(), _quiet():
-        parameters = RendezvousParameters(
-            backend="c10d",
-            endpoint=job.endpoint,
-            run_id=RUN_ID,
-            min_nodes=job.nnodes,
-            max_nodes=job.nnodes,
+        ended = _supervise(job, entrypoint, args, start_method, Path(folder))
+    if isinstance(ended, Failure):
+        # Raised only here: a traceback that somebody keeps would keep the agent, and with it its open port.
+        raise ended.error()
+    return ended
+
+
+def _supervise(
+    job: Job, entrypoint: str | Callable[..., Any], args: Sequence[Any], start_method: str, folder: Path
+) -> dict[int, Any] | Failure | signal.Signals:
+    """Start the ranks of this host and stay until they have ended: with results, with a failure, or by a signal."""
+    seconds = max(1, round(job.timeout.total_seconds()))
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=job.endpoint,
+        run_id=RUN_ID,
+        min_nodes=job.nnodes,
+        max_nodes=job.nnodes,
+        local_addr=job.address,
+        is_host=job.is_host,
+        join_timeout=seconds,
+        read_timeout=seconds,
+    )
+    try:
+        handler = get_rendezvous_handler(parameters)
+        spec = WorkerSpec(
+            role="trainfleet",
+            local_world_size=job.nproc,
+            entrypoint=entrypoint,
+            args=tuple(args),
+            rdzv_handler=handler,
+            max_restarts=job.max_restarts,
+            monitor_interval=0.1,
             local_addr=job.address,
-            is_host=job.is_host,
-            join_timeout=seconds,
-            read_timeout=seconds,
+        )
+        agent = _Agent(
+            spec=spec,
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+            start_method=start_method,
+            shutdown_timeout=round(job.grace.total_seconds()),
         )
         try:
-            handler = get_rendezvous_handler(parameters)
-            spec = WorkerSpec(
-                role="trainfleet",
-                local_world_size=job.nproc,
-                entrypoint=entrypoint,
-                args=tuple(args),
-                rdzv_handler=handler,
-                max_restarts=job.max_restarts,
-                monitor_interval=0.1,
-                local_addr=job.address,
-            )
-            agent = _Agent(
-                spec=spec,
-                logs_specs=DefaultLogsSpecs(log_dir=folder),
-                start_method=start_method,
-                shutdown_timeout=round(job.grace.total_seconds()),
-            )
-            try:
-                result = agent.run()
-            finally:
-                handler.shutdown()
-        except RendezvousError as exc:
-            raise PeerError(
-                f"The {job.nnodes} hosts of this run did not meet at {job.endpoint} within {seconds} s: {exc}",
-                hint="Look at the other hosts: each has to start with the same --nnodes and rendezvous.",
-            ) from exc
-        if result.is_failed():
-            raise agent.cause(result, Path(folder)).error()
-        return dict(result.return_values)
+            result: RunResult | None = agent.run()
+        finally:
+            handler.shutdown()
+        if result is None:  # the agent's word for it; it has logged why
+            raise RendezvousError("another host has ended the run")
+    except SignalException as exc:
+        return exc.sigval
+    except RendezvousError as exc:
+        raise PeerError(
+            f"The {job.nnodes} hosts of this run did not meet at {job.endpoint} within {seconds} s: {exc}",
+            hint="Look at the other hosts: each has to start with the same --nnodes and rendezvous.",
+        ) from exc
+    return agent.cause(result, folder) if result.is_failed() else dict(result.return_values)
 
 
 class _Agent(LocalElasticAgent):
@@ -201,7 +220,8 @@ def _signals_restored() -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """What torch's agent logs goes to our log, as debugging: a failure report must begin with the cause."""
     forward = _Forward()
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    names = ("torch.distributed.elastic", "torchelastic-events-null", "torch.multiprocessing")
+    loggers = [logging.getLogger(name) for name in names]
     before = [each.propagate for each in loggers]
     for each in loggers:
         each.propagate = False

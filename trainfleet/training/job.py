@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.comm.environment import RankEnvironment
-from trainfleet.config import to_plain
-from trainfleet.errors import CheckpointError, ConfigError
+from trainfleet.config import to_plain, to_yaml
+from trainfleet.errors import CheckpointError, ConfigError, StoreError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
@@ -161,20 +161,19 @@ def build_model(recipe: Recipe, given: Given) -> nn.Module:
 def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
     """The folder, made and described by rank 0; with `resume: never`, what an earlier run left is moved aside."""
     folder = RunFolder(recipe.folder)
-    failure: str | None = None
+    failure: list[str | None] | None = None
     if mesh.is_main:
         try:
             if recipe.checkpoint.resume == "never" and (aside := folder.set_aside()):
                 logger.info("The earlier run in %s was moved to %s.", folder.path, aside)
             folder.create()
-            folder.write_recipe(to_plain(recipe))
+            folder.write_recipe(to_yaml(recipe))
             folder.write_environment(world_size=mesh.world_size, device=mesh.device, plan=str(recipe.plan))
-        except Exception as exc:
-            if mesh.world_size == 1:
-                raise
-            failure = f"{exc}"
-    if failure := mesh.data_axes.exchange(failure)[0]:
-        raise CheckpointError(failure)
+        except StoreError as exc:
+            failure = [str(exc), exc.hint]
+    # The others must hear of it, or they would wait for rank 0 until their deadline.
+    if told := mesh.data_axes.exchange(failure)[0]:
+        raise StoreError(told[0], hint=told[1])
     return folder
 
 

@@ -54,8 +54,6 @@ def launch(
             f"{environment.launcher} has started. Call the function itself: the ranks are already there."
         )
     start_method = _start_method(fn, args, kwargs or {})
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     from trainfleet.training.agent import Job, run_function
 
     call: Any = (fn, tuple(args), dict(kwargs or {}))
@@ -65,10 +63,7 @@ def launch(
     else:
         threads = 1  # OpenMP waits for ever in a copy of a process in which it had made threads
     job = Job(nproc=nproc, max_restarts=max_restarts, grace=grace)
-    try:
-        results = run_function(job, _rank, (call, os.getpid(), threads), start_method=start_method)
-    except SignalException as exc:
-        raise KeyboardInterrupt(f"The ranks were ended by {exc.sigval.name}.") from None
+    results = run_function(job, _rank, (call, os.getpid(), threads), start_method=start_method)
     return [pickle.loads(result) for result in results]  # written by our own processes, through a pipe
 
 
@@ -93,21 +88,16 @@ def run_elastic(
     """
     _check_nproc(nproc)
     meeting = None if nnodes == 1 else _meeting(nnodes, node_rank, rendezvous)
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     from trainfleet.training.agent import Job, run_command
 
     job = Job(nproc=nproc, max_restarts=max_restarts, timeout=timeout, grace=grace)
     try:
         if meeting is not None:
             job = _meet_hosts(job, meeting)
-        run_command(job, command, threads=threads_per_rank(nproc))
-    except SignalException as exc:
-        return 128 + int(exc.sigval)
+        return run_command(job, command, threads=threads_per_rank(nproc))
     finally:
         if meeting is not None:
             leave(meeting.master_addr, meeting.master_port)
-    return 0
 
 
 def _check_nproc(nproc: int) -> None:
