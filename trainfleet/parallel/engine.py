@@ -21,7 +21,7 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel.clip import gradient_norm, scale_gradients_
 from trainfleet.parallel.loss_scale import LossScaler
 from trainfleet.parallel.offload import StateOffload
-from trainfleet.parallel.optimizers import check_optimizer
+from trainfleet.parallel.optimizers import check_optimizer, shard_safe
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import ModelState, OptimizerState
 from trainfleet.parallel.precision import raise_to_float32
@@ -85,7 +85,7 @@ class NativeEngine:
         self.mesh: Mesh = self.spread.mesh
         self.steps = 0
         """Steps taken, skipped ones included: what random numbers depend on."""
-        check_optimizer(optimizer, self.plan)
+        check_optimizer(shard_safe(optimizer), self.plan)
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
