@@ -151,3 +151,21 @@ def test_unlike_versions_are_explained_on_both_hosts(hosts, tmp_path):
         assert "PeerError: Host 1 (" in err
         assert "has trainfleet 0.0.1, but host 0" in err
         assert "Use the same everywhere." in err
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "gpt_stdlib.yaml"
+
+
+def test_a_recipe_trains_on_two_hosts(hosts, tmp_path):
+    def command(node: int) -> list[str]:
+        verb = [str(Path(sys.executable).with_name("trainfleet")), "train", str(RECIPE), "--nproc", "1"]
+        where = ["--nnodes", "2", "--node-rank", str(node), "--rendezvous", f"{Hosts.addresses[0]}:{PORT + 3}"]
+        short = ["train.steps=2", "train.evaluate_every=null", "train.evaluate_batches=1", "train.finish=null"]
+        return [*verb, *where, *short, "plan.zero=3", "monitor.log_interval=1", f"folder={tmp_path / 'run'}"]
+
+    (code, out, err), (other_code, other_out, other_err) = both(hosts, [command(0), command(1)])
+    assert (code, other_code) == (0, 0), err + other_err
+    assert "zero=3 dp_replicate=1 dp_shard=2" in out
+    assert "finished" in out
+    assert "step" not in other_out, "only rank 0 prints"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
