@@ -67,12 +67,16 @@ class TorchGroup:
     def all_reduce_(self, array: Array, op: Reduction = "sum") -> TorchWork:
         tensor = _tensor(array)
         _check_reduction(tensor, op)
+        if self.size == 1:  # gloo would hand it to a thread and back
+            return self._work(None, "all_reduce_")
         with self._translated("all_reduce_"):
             work = dist.all_reduce(tensor, _OPS[op], group=self.process_group, async_op=True)
         # gloo has no mean; a sum divided afterwards is the same number on every backend.
         return self._work(work, "all_reduce_", (lambda: tensor.div_(self.size)) if op == "mean" else None)
 
     def broadcast_(self, array: Array, source: int = 0) -> TorchWork:
+        if self.size == 1 and source == 0:
+            return self._work(None, "broadcast_")
         with self._translated("broadcast_"):
             work = dist.broadcast(_tensor(array), group=self.process_group, group_src=source, async_op=True)
         return self._work(work, "broadcast_")

@@ -12,8 +12,12 @@ _MASK = (1 << 64) - 1
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
-    """Set torch's generators (CPU and accelerators) for the forward and backward of one micro-batch."""
-    torch.manual_seed(mixed(mixed(mixed(seed) ^ step) ^ micro_batch) >> 1)
+    """Set torch's generators (CPU and CUDA) for the forward and backward of one micro-batch."""
+    own = mixed(mixed(mixed(seed) ^ step) ^ micro_batch) >> 1
+    # Not torch.manual_seed: for each kind of device that is not in use it formats the stack (0.13 ms or more).
+    torch.default_generator.manual_seed(own)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(own)
 
 
 def mixed(value: int) -> int:
