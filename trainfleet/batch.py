@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from trainfleet.errors import DataError
@@ -30,14 +31,24 @@ def map_arrays(function: Callable[[Any], Any], batch: Batch) -> Batch:
         return function(batch)
     if isinstance(batch, Mapping):
         mapped = {key: map_arrays(function, value) for key, value in batch.items()}
-        return mapped if type(batch) is dict else type(batch)(**mapped)
+        if type(batch) is dict:
+            return mapped
+        if not isinstance(batch, MutableMapping):
+            return type(batch)(**mapped)
+        clone = copy.copy(batch)  # its class may be made in a way of its own
+        for key, value in mapped.items():
+            clone[key] = value
+        return clone
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_arrays(function, value) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(map_arrays(function, value) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        values = {f.name: map_arrays(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **values)
+        twin: Any = copy.copy(batch)  # it may have fields that its constructor does not take
+        for field in dataclasses.fields(batch):
+            if hasattr(batch, field.name):
+                object.__setattr__(twin, field.name, map_arrays(function, getattr(batch, field.name)))
+        return twin
     return batch
 
 

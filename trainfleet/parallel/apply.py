@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
-from trainfleet.parallel.deferred import is_deferred, materialize
-from trainfleet.parallel.precision import cast_compute
-from trainfleet.parallel.recompute import recompute
+from trainfleet.parallel.deferred import is_deferred, materialize, starts
+from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
+from trainfleet.parallel.recompute import recompute, refuse_no_blocks
 from trainfleet.parallel.replicas import digests
-from trainfleet.parallel.replicate import GradientAverage
+from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard
 from trainfleet.parallel.spread import Spread, attach, is_spread, whole_parameters
 from trainfleet.plan import Plan
@@ -30,69 +31,97 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
 
     The order matters: each step sees what the previous one made. All ranks call it with equal models;
     where their parameters differ, those of rank 0 are taken. A model built by `deferred` is filled here,
-    each rank making only its own part. Raises PlanError, before anything is changed, for what cannot work.
+    each rank making only its own part. What requires a gradient is decided before.
+    Raises PlanError for what cannot work; the model has then at most been moved to the device.
     """
     plan = plan.for_world(mesh.world_size)
-    if is_spread(model):
-        raise PlanError(f"This {type(model).__name__} is spread already; build a new one for another plan.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PlanError(
-            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train."
-        )
     blocks = find_blocks(model, plan.blocks)
-    _refuse_missing_entries(model, plan)
+    _refuse(model, blocks, mesh, plan)
 
-    if not is_deferred(model):
+    waits = is_deferred(model)
+    if not waits:
         model.to(mesh.device)
-        take_equal_parameters(model, mesh.data_axes)
+    take_equal_parameters(model, mesh.data_axes)
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     cast_compute(model, plan, torch.device(mesh.device).type)
     if plan.recompute == "blocks":
-        recompute(model, blocks)
+        recompute(blocks)
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
-    sharded = shard(model, mesh.torch, plan) if plan.zero else None
-    if is_deferred(model):
-        materialize(model, mesh.device)
+    sharded = shard(model, blocks, mesh.torch, plan) if plan.zero else None
+    if waits:
+        materialize(model, mesh.device, shards_on="cpu" if plan.offload == "parameters" else None)
     average = GradientAverage(whole_parameters(model), mesh.data_axes)
     attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded))
     return model
 
 
 def take_equal_parameters(model: nn.Module, group: Group) -> None:
-    """Let all ranks begin with the same parameters and buffers: those of rank 0, should they differ."""
+    """Let all ranks begin with the same parameters and buffers: those of rank 0, should they differ.
+
+    Raises PlanError on all ranks where they are not even alike: in names, shapes, dtypes, what is trained, or the
+    random numbers that a deferred model waits for.
+    """
     if group.size == 1:
         return
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    mine = digests(tensors)
-    theirs = group.exchange(mine)
-    if structure := _unlike(theirs):
-        raise PlanError(f"The ranks built different models: {structure} Build the same model on every rank.")
-    different = [name for name in tensors if len({each[name] for each in theirs}) > 1]
-    if different:
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+    seeds = digests({str(i): start for i, start in enumerate(starts(model))})
+    theirs = group.exchange({"kinds": kinds, "digests": digests(tensors), "seeds": seeds})
+    for rank, each in enumerate(theirs):
+        if reason := _unlike(theirs[0], each, rank):
+            raise PlanError(reason)
+    different = [name for name in sorted(tensors) if len({each["digests"][name] for each in theirs}) > 1]
+    if different and group.rank == 0:
         logger.warning(
             "The ranks built models with different numbers (first in %s); all take those of rank 0. "
             "Set the same seed on every rank to save this exchange.",
             different[0],
         )
-        with torch.no_grad():
-            for name in different:
-                group.broadcast_(tensors[name].data.contiguous() if tensors[name].ndim else tensors[name].data).wait()
+    for name in different:
+        value = tensors[name].detach()
+        # As bytes, which every backend can send.
+        contiguous = value.contiguous()
+        group.broadcast_(contiguous.reshape(-1).view(torch.uint8)).wait()
+        if contiguous is not value:
+            value.copy_(contiguous)
 
 
-def _unlike(theirs: Sequence[dict[str, str]]) -> str | None:
-    for rank, names in enumerate(theirs):
-        if odd := sorted(set(names) ^ set(theirs[0])):
-            return f"{odd[0]} is on only one of ranks 0 and {rank}."
-        for name, digest in names.items():
-            if digest.split(" ")[0] != theirs[0][name].split(" ")[0]:
-                return f"{name} is {theirs[0][name].split(' ')[0]} on rank 0 and {digest.split(' ')[0]} on rank {rank}."
-    return None
+def _kind(tensor: Tensor) -> str:
+    state = "trained " if tensor.requires_grad else "fixed " if isinstance(tensor, nn.Parameter) else ""
+    return f"{state}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _refuse_missing_entries(model: nn.Module, plan: Plan) -> None:
+def _unlike(first: dict[str, Any], other: dict[str, Any], rank: int) -> str | None:
+    """Why the models of rank 0 and `rank` cannot become one; None if they can."""
+    ours, theirs = first["kinds"], other["kinds"]
+    if odd := sorted(set(ours) ^ set(theirs)):
+        reason = f"{odd[0]} is on only one of ranks 0 and {rank}."
+    elif odd := sorted(name for name in ours if ours[name] != theirs[name]):
+        reason = f"{odd[0]} is {ours[odd[0]]} on rank 0 and {theirs[odd[0]]} on rank {rank}."
+    elif first["seeds"] != other["seeds"]:
+        return (
+            f"Ranks 0 and {rank} would fill the deferred model from different random numbers. "
+            "Call torch.manual_seed with the same seed on every rank before `deferred`."
+        )
+    else:
+        return None
+    return f"The ranks built different models: {reason} Build the same model on every rank."
+
+
+def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan) -> None:
+    name = type(model).__name__
+    if is_spread(model):
+        raise PlanError(f"This {name} is spread already; build a new one for another plan.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
     for entry in plan.entry_points:
         if not callable(getattr(model, entry, None)):
-            raise PlanError(f"plan.entry_points names {entry!r}, but {type(model).__name__} has no such method.")
+            raise PlanError(f"plan.entry_points names {entry!r}, but {name} has no such method.")
+    refuse_narrow_parameters(model)
+    if plan.recompute == "blocks":
+        refuse_no_blocks(model, blocks)
+    if plan.zero or mesh.world_size > 1:
+        refuse_sparse_gradients(model)

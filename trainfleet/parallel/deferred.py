@@ -102,6 +102,11 @@ def is_deferred(model: nn.Module) -> bool:
     return any(_ATTRIBUTE in module.__dict__ for module in model.modules())
 
 
+def starts(model: nn.Module) -> list[Tensor]:
+    """The states of the CPU generator from which the constructors of a deferred model will draw."""
+    return [module.__dict__[_ATTRIBUTE].start for module in model.modules() if _ATTRIBUTE in module.__dict__]
+
+
 def materialize(
     model: nn.Module,
     device: torch.device | str,

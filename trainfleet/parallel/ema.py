@@ -23,10 +23,11 @@ class Ema:
             raise ConfigError(f"train.ema_decay is {decay}; it lies between 0 and 1, often 0.999.")
         self.decay = decay
         self._model = model
-        self._rank = spread_of(model).mesh.rank
+        self._spread = spread_of(model)
         self._averages = {name: _local(p).detach().clone() for name, p in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        self._spread.rest()  # what a forward left gathered is no piece, and would not notice a change
         return [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
@@ -53,7 +54,8 @@ class Ema:
             self._averages[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: as_piece(name, p, self._averages[name], rank=self._rank) for name, p in self._trained()}
+        rank = self._spread.mesh.rank
+        return {name: as_piece(name, p, self._averages[name], rank=rank) for name, p in self._trained()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, average in self._averages.items():

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainfleet.batch import Batch, to_device
-from trainfleet.errors import DataError
+from trainfleet.errors import DataError, PlanError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.clip import gradient_norm, scale_gradients_
 from trainfleet.parallel.loss_scale import LossScaler
 from trainfleet.parallel.offload import StateOffload
-from trainfleet.parallel.optimizers import check_optimizer, shard_safe
+from trainfleet.parallel.optimizers import TABLE, Standing, check_optimizer, shard_safe
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import ModelState, OptimizerState
-from trainfleet.parallel.precision import raise_to_float32
+from trainfleet.parallel.precision import raise_to_float32, refuse_narrow_state, watch_dtypes
 from trainfleet.parallel.randomness import seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.usage import Usage
@@ -65,8 +65,9 @@ class Engine(Protocol):
 class NativeEngine:
     """The engine of models spread by `parallelize`: replicated or sharded, in any precision.
 
-    `loss_fn(output, batch)` gets what `model(inputs(batch))` returned. With `seed`, random numbers of the model are
-    a function of (seed, step, micro-batch); with None, torch's generators are left alone.
+    `loss_fn(output, batch)` gets what `forward(model, batch)` returned, in float32. With `seed`, random numbers of the
+    model are a function of (seed, step, micro-batch); with None, torch's generators are left alone. The first step
+    is held against the table of `precision`.
     """
 
     def __init__(
@@ -85,13 +86,17 @@ class NativeEngine:
         self.mesh: Mesh = self.spread.mesh
         self.steps = 0
         """Steps taken, skipped ones included: what random numbers depend on."""
+        self.spread.rest()
         check_optimizer(shard_safe(optimizer), self.plan)
+        _refuse_optimizer(optimizer, model)
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
         self._usage = Usage(model, self.spread.sharded)
         self._scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
         self._norm: Tensor | None = None
+        self._has_gradients = False
+        self._is_checked = False
         self._divisor: float | None = None
         """What each rank divides its totals by before backward. It keeps gradients in range, and spares a pass over
         them while steps are equally heavy; it changes no result, for the true weight is known in the end."""
@@ -108,7 +113,20 @@ class NativeEngine:
             raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
         self.model.train()
         self._usage.start()
+        if self._has_gradients:  # no step took them: an error came between, or nobody wanted them
+            self._clear_gradients()
+        self._has_gradients = True
         self._norm = None
+        if self._is_checked:
+            return self._run(micro_batches)
+        with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
+            loss = self._run(micro_batches)
+        # Ranks may have used different modules; all of them must stop.
+        if found := [each[0] for each in self.mesh.data_axes.exchange(found[:1]) if each]:
+            raise PlanError(found[0])
+        return loss
+
+    def _run(self, micro_batches: Sequence[Batch]) -> LossSum:
         device = self.mesh.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         scale = self.loss_scale or 1.0
@@ -130,7 +148,9 @@ class NativeEngine:
         return LossSum(total, weight)
 
     def _loss(self, batch: Batch) -> LossSum:
-        output = raise_to_float32(self._forward(self.model, batch))
+        output = self._forward(self.model, batch)
+        if self.plan.precision != "fp32":
+            output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
         loss = LossSum.of(self._loss_fn(output, batch))
         if not isinstance(loss.total, Tensor) or loss.total.numel() != 1:
             shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
@@ -181,9 +201,17 @@ class NativeEngine:
         if not overflow:
             with phase("optimizer step", self.model, self.optimizer):
                 self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            if not self._is_checked:
+                refuse_narrow_state(self.model.named_parameters(), self.optimizer)
+                self._is_checked = True
+        self._clear_gradients()
         self.steps += 1
         return not overflow
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._usage.parameters:
+            parameter.grad = None
+        self._has_gradients = False
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
@@ -232,13 +260,31 @@ class _Counters:
         self._engine._divisor = None if divisor is None else float(divisor) / self._shares()
 
 
+def _refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    name = type(optimizer).__name__
+    for part in getattr(optimizer, "parts", (optimizer,)):
+        if TABLE.get(type(part), Standing()).needs_closure:
+            raise PlanError(
+                f"{type(part).__name__} computes the loss several times in a step, which the engine does not let it. "
+                "Use AdamW, or write the loop by hand."
+            )
+    known = set(model.parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if strangers := sum(parameter not in known for parameter in held):
+        raise PlanError(
+            f"{strangers} of the {len(held)} tensors that {name} holds are no parameters of the spread model: it was "
+            "made before `parallelize`, which replaces them, or for another model. Make it afterwards, "
+            "from model.parameters()."
+        )
+
+
 def call_with_batch(model: nn.Module, batch: Batch) -> Any:
     """How a model is called unless the recipe says otherwise.
 
     (inputs, labels) pairs and dicts with `input` or `inputs` give the model that part; other dicts go in as
     keyword arguments; anything else as it is.
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         for key in ("input", "inputs"):
             if key in batch:
                 return model(batch[key])

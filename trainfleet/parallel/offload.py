@@ -1,17 +1,17 @@
 """Offload: optimizer state rests in (pinned) CPU memory and visits the device for the step.
 
 Activations are gone when the optimizer runs, so the visit fits where the activations were; the numbers are those
-of a step without offload. With offload to CPU of the parameters FSDP2 keeps everything there and steps there.
+of a step without offload. Where the parameters are offloaded FSDP2 keeps everything in CPU memory and steps there.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from trainfleet.parallel.torch_private import with_local
 
 
 class StateOffload:
@@ -24,33 +24,25 @@ class StateOffload:
         ]
 
     def _move(self, optimizer: Optimizer, *, to_cpu: bool) -> None:
+        leaves_gpu = False
         for parameter, state in optimizer.state.items():
             device = torch.device("cpu") if to_cpu else parameter.device
             for name, value in state.items():
                 # Scalars such as the step count already live where their optimizer wants them.
                 if isinstance(value, Tensor) and value.ndim and value.device != device:
                     state[name] = _moved(value, device)
-        if to_cpu and torch.cuda.is_available():
-            torch.cuda.synchronize()
+                    leaves_gpu = leaves_gpu or to_cpu
+        if leaves_gpu:
+            torch.cuda.synchronize()  # the copies are read by the CPU, by a checkpoint for instance
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
 
-def _moved(value: Tensor, device: torch.device) -> Any:
+def _moved(value: Tensor, device: torch.device) -> Tensor:
     if isinstance(value, DTensor):
-        # The mesh of a DTensor is on the device; its piece may rest elsewhere.
-        moved = DTensor.from_local(
-            _moved(value.to_local(), device),
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
-        moved._local_tensor = _moved(value._local_tensor, device)
-        return moved
+        return with_local(value, _moved(value.to_local(), device))
     if device.type == "cpu" and value.device.type == "cuda":
         pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainfleet.errors import OutOfMemory
-
-if TYPE_CHECKING:
-    from trainfleet.plan import Plan
+from trainfleet.parallel.spread import spread_of
+from trainfleet.plan import Plan
 
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -37,10 +35,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseException) -> OutOfMemory:
-    from trainfleet.parallel.spread import spread_of
-
     spread = spread_of(model)
-    holders = sorted(held_bytes(model, optimizer).items(), key=lambda item: -item[1])
+    on = torch.device(spread.mesh.device)
+    holders = sorted(held_bytes(model, optimizer, on).items(), key=lambda item: -item[1])
     held = ", ".join(f"{holder} {size / 2**20:.0f} MiB" for holder, size in holders if size)
     return OutOfMemory(
         f"Rank {spread.mesh.rank} ran out of memory on {spread.mesh.device} in {name}. Held there: {held or 'little'}. "
@@ -49,22 +46,22 @@ def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseExc
     )
 
 
-def held_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes that this rank holds of parameters, gradients, optimizer state and buffers."""
+def held_bytes(model: nn.Module, optimizer: Optimizer, on: torch.device) -> dict[str, int]:
+    """Bytes on a device that this rank holds of parameters, gradients, optimizer state and buffers."""
     parameters = list(model.parameters())
-    return {
-        "parameters": sum(_bytes(p) for p in parameters),
-        "gradients": sum(_bytes(p.grad) for p in parameters if p.grad is not None),
-        "optimizer state": sum(
-            _bytes(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-        ),
-        "buffers": sum(_bytes(b) for b in model.buffers()),
+    memory = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    held: dict[str, list[Tensor]] = {
+        "parameters": [*parameters],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer state": memory,
+        "buffers": list(model.buffers()),
     }
+    return {name: sum(_bytes(tensor, on) for tensor in tensors) for name, tensors in held.items()}
 
 
-def _bytes(tensor: Tensor) -> int:
+def _bytes(tensor: Tensor, on: torch.device) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+    return local.numel() * local.element_size() if local.device.type == on.type else 0
 
 
 def _remedies(plan: Plan) -> list[str]:
@@ -74,5 +71,7 @@ def _remedies(plan: Plan) -> list[str]:
     if plan.zero < 3:
         remedies.append(f"plan.zero={plan.zero + 1}")
     if plan.offload == "none":
-        remedies.append("plan.offload=optimizer" if plan.zero < 3 else "plan.offload=parameters")
+        remedies.append("plan.offload=optimizer")
+    if plan.zero == 3 and plan.offload != "parameters":
+        remedies.append("plan.offload=parameters")
     return remedies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainfleet.errors import CheckpointError
-from trainfleet.mesh import Mesh
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.torch_private import offsets_in_whole
 from trainfleet.state import ShardedArray
@@ -39,120 +39,145 @@ def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, rank: int 
 
 
 class ModelState:
-    """Stateful: the parameters and persistent buffers of a spread model, by name; tied ones once."""
+    """Stateful: the parameters, persistent buffers and extra state of a spread model, by name; tied ones once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._rank = spread_of(model).mesh.rank
+        self._spread = spread_of(model)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def _entries(self) -> dict[str, Any]:
+        self._spread.rest()
+        found: dict[str, Any] = {}
         seen: set[int] = set()
-        persistent = self._model.state_dict(keep_vars=True)
-        for name, value in persistent.items():
-            if isinstance(value, Tensor) and id(value) not in seen:
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                found[name] = value
+            elif id(value) not in seen:
                 seen.add(id(value))
                 found[name] = value
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: as_piece(name, tensor, rank=self._rank) for name, tensor in self._tensors().items()}
+        rank = self._spread.mesh.rank
+        return {
+            name: as_piece(name, value, rank=rank) if isinstance(value, Tensor) else value
+            for name, value in self._entries().items()
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        for name, tensor in self._tensors().items():
-            _local(tensor).copy_(state[name].local)
+        for name, value in self._entries().items():
+            if isinstance(value, Tensor):
+                _local(value).copy_(state[name].local)
+            else:  # what a module's own get_extra_state gave
+                path, _, _ = name.rpartition(".")
+                self._model.get_submodule(path).set_extra_state(state[name])
 
 
 class OptimizerState:
-    """Stateful: what an optimizer remembers of each parameter, by the parameter's name, and its groups' settings."""
+    """Stateful: what an optimizer remembers of each parameter, by the parameter's name, and its groups' settings.
+
+    Optimizers make their memory at a parameter's first gradient. A checkpoint has a place for it before that, so that
+    every run can read every other's; `started` says where there is something in it.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._mesh: Mesh = spread_of(model).mesh
+        spread = spread_of(model)
+        spread.rest()
+        self._rank = spread.mesh.rank
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._named = {
-            names[parameter]: parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter in names
-        }
-        strangers = sum(p not in names for group in optimizer.param_groups for p in group["params"])
-        if strangers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if strangers := sum(parameter not in names for parameter in held):
             raise CheckpointError(
                 f"The optimizer holds {strangers} tensors that are not parameters of the model. "
                 "Make it after `parallelize`, from model.parameters()."
             )
+        self._named = {names[parameter]: parameter for parameter in held}
 
     def state_dict(self) -> dict[str, Any]:
-        self._fill()
-        memory: dict[str, Any] = {}
-        for name, parameter in self._named.items():
-            remembered = self._optimizer.state.get(parameter, {})
-            memory[name] = {key: self._entry(name, key, parameter, value) for key, value in remembered.items()}
+        memories = self._memories()
+        started = [name for name, parameter in self._named.items() if self._optimizer.state.get(parameter)]
         groups = [
             {key: _plain(value) for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        return {"memory": memory, "groups": groups}
+        return {
+            "memory": {
+                name: {key: self._entry(name, key, value) for key, value in memory.items()}
+                for name, memory in memories.items()
+            },
+            "started": started,
+            "groups": groups,
+        }
 
-    def _entry(self, name: str, key: str, parameter: nn.Parameter, value: Any) -> Any:
+    def _entry(self, name: str, key: str, value: Any) -> Any:
+        parameter = self._named[name]
         if not isinstance(value, Tensor):
             return value
-        if value.shape == parameter.shape:
-            return as_piece(f"{name}.{key}", parameter, _local(value), rank=self._mesh.rank)
-        return as_piece(f"{name}.{key}", value, rank=self._mesh.rank)
+        if value.shape == parameter.shape or (value.ndim and value.shape == _local(parameter).shape):
+            return as_piece(f"{name}.{key}", parameter, _local(value), rank=self._rank)
+        return as_piece(f"{name}.{key}", value, rank=self._rank)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        self._fill()
+        memories, started = self._memories(), set(state["started"])
         for name, parameter in self._named.items():
-            remembered = self._optimizer.state.get(parameter, {})
+            if name not in started:
+                self._optimizer.state.pop(parameter, None)
+                continue
+            memory = memories[name]
             for key, value in state["memory"][name].items():
-                if isinstance(remembered.get(key), Tensor):
-                    _local(remembered[key]).copy_(value.local)
+                if isinstance(memory.get(key), Tensor):
+                    _local(memory[key]).copy_(value.local)
                 else:
-                    remembered[key] = value
-        for group, settings in zip(self._optimizer.param_groups, state["groups"]):
+                    memory[key] = value
+            self._optimizer.state[parameter] = memory
+        for group, settings in zip(self._optimizer.param_groups, state["groups"], strict=True):
             for key, value in settings.items():
                 if isinstance(group.get(key), Tensor):
                     group[key].fill_(value)
                 elif key in group:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
-    def _fill(self) -> None:
-        """Make the memory of parameters that have had no gradient yet, as their first step would find it.
+    def _memories(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer remembers of each parameter; of one without a gradient yet, what it would after one.
 
-        Optimizers make it at a parameter's first step. A step of rate 0 with gradients of 0 makes it without
-        moving anything; its count of steps is set back.
+        That is found by a step of rate 0 with gradients of 0, taken by a twin of the optimizer that shares nothing
+        with it but the parameters, which keep their values.
         """
-        new = [p for p in self._named.values() if p.requires_grad and not self._optimizer.state.get(p)]
-        if not new:
-            return
-        kept = {parameter: parameter.grad for parameter in self._named.values()}
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        values = [_local(parameter).clone() for parameter in new]
+        new = {p for p in self._named.values() if p.requires_grad and not self._optimizer.state.get(p)}
+        made: dict[nn.Parameter, dict[str, Any]] = {}
+        kept = [(parameter, parameter.grad, _local(parameter).clone()) for parameter in new]
         try:
-            for parameter in self._named.values():
-                parameter.grad = None
             for parameter in new:
                 parameter.grad = torch.zeros_like(parameter)
-            for group in self._optimizer.param_groups:
-                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-            self._optimizer.step()
+            for part in getattr(self._optimizer, "parts", (self._optimizer,)):
+                made |= _memory_of_one_step(part, new) if new else {}
         finally:
-            for group, rate in zip(self._optimizer.param_groups, rates):
-                group["lr"] = rate
-            for parameter, gradient in kept.items():
-                parameter.grad = gradient
-        with torch.no_grad():
-            for parameter, value in zip(new, values):
-                _local(parameter).copy_(value)
-                step = self._optimizer.state[parameter].get("step")
-                if isinstance(step, Tensor):
-                    step.zero_()
-                elif step is not None:
-                    self._optimizer.state[parameter]["step"] = 0
+            with torch.no_grad():
+                for parameter, gradient, value in kept:
+                    parameter.grad = gradient
+                    _local(parameter).copy_(value)
+        return {name: made.get(p) or self._optimizer.state.get(p, {}) for name, p in self._named.items()}
+
+
+def _memory_of_one_step(optimizer: Optimizer, parameters: set[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)  # a schedule's wrapper would step the optimizer itself
+    memory: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+    twin.state = memory
+    twin.param_groups = []
+    for group in optimizer.param_groups:
+        still = {key: 0.0 for key in ("lr", "weight_decay") if isinstance(group.get(key), float | int)}
+        copied = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
+        if "lr" in copied:
+            copied["lr"].zero_()
+        members = [parameter for parameter in group["params"] if parameter in parameters]
+        twin.param_groups.append({**group, **copied, **still, "params": members})
+    twin.step()
+    return dict(memory)
 
 
 def _plain(value: Any) -> Any:

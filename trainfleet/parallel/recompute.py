@@ -13,20 +13,22 @@ from torch.utils.checkpoint import checkpoint
 from trainfleet.errors import PlanError
 
 
-def recompute(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    """Let each block of `model` forget its activations. Random numbers are drawn again as they were.
+def recompute(blocks: Sequence[nn.Module]) -> None:
+    """Let each of `blocks` forget its activations. Random numbers are drawn again as they were.
 
     Batch normalisation would count its batch twice, so it does not update its statistics the second time.
-    Raises PlanError where the model has no blocks.
     """
+    for block in blocks:
+        block.forward = _forgetful(block, block.forward)  # type: ignore[method-assign]
+
+
+def refuse_no_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """PlanError where there is nothing to recompute."""
     if not blocks:
         raise PlanError(
             f"plan.recompute is 'blocks', but {type(model).__name__} has no repeated modules. "
             "Name them in plan.blocks, or set recompute to 'none'."
         )
-    for block in blocks:
-        block.forward = _forgetful(block, block.forward)  # type: ignore[method-assign]
-    return model
 
 
 def _forgetful(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

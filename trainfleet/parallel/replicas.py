@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -13,58 +12,83 @@ from trainfleet.comm.group import Group
 from trainfleet.errors import ReplicasDiffer
 from trainfleet.parallel.spread import spread_of
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16}
+_CHUNK = 1 << 22  # words at a time: what the sums need beside the tensor stays below 100 MiB
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`shape:dtype digest` of each tensor's bits, computed where the tensor is."""
-    return {name: f"{tuple(t.shape)}:{t.dtype} {_digest(t):016x}".replace(", ", ",") for name, t in tensors.items()}
+    """A digest of each tensor's bits, computed where the tensor is: any changed, swapped or shifted number shows."""
+    if not tensors:
+        return {}
+    with torch.no_grad():
+        sums = [_digest(tensor) for tensor in tensors.values()]
+        numbers = torch.stack([each.to(sums[0].device) for each in sums]).tolist()  # waits for the device once
+    return {name: f"{number & ((1 << 64) - 1):016x}" for name, number in zip(tensors, numbers)}
 
 
-def _digest(tensor: Tensor) -> int:
-    """Sum of words times odd position weights modulo 2^64: any single changed, swapped or shifted word shows."""
+def _digest(tensor: Tensor) -> Tensor:
+    """Sum of words times odd weights by position, modulo 2^64.
+
+    A word times an odd number tells the word. Words have 32 bits at most, or the swap of two that differ in their
+    upper bits only could be lost where their weights differ in few.
+    """
+    total = torch.zeros((), dtype=torch.int64, device="cpu" if tensor.is_meta else tensor.device)
     if tensor.is_meta or tensor.numel() == 0:
-        return 0
-    flat = tensor.detach().contiguous().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    words = flat.view(_WORDS[flat.element_size()]).to(torch.int64)
-    positions = torch.arange(words.numel(), device=words.device, dtype=torch.int64)
-    weights = positions * 0x5851F42D4C957F2D | 1
-    return int((words * weights).sum().item()) & ((1 << 64) - 1)
+        return total
+    words = tensor.detach().reshape(-1)
+    if words.is_complex():
+        words = torch.view_as_real(words).reshape(-1)
+    words = words.view(_WORDS.get(words.element_size(), torch.int32))
+    for start in range(0, len(words), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        positions = torch.arange(start, start + len(chunk), device=words.device)
+        total += (chunk * (positions * 0x5851F42D4C957F2D | 1)).sum()
+    return total
 
 
 def check_replicas(model: nn.Module) -> None:
     """Compare the copies of every parameter; a collective over all ranks.
 
-    Raises ReplicasDiffer on every rank, naming the tensor and the ranks in the minority.
+    Raises ReplicasDiffer on every rank, naming the first tensor that differs and the ranks in the minority.
     """
     spread = spread_of(model)
+    spread.rest()
+    mesh = spread.mesh
     named = dict(model.named_parameters())
-    pieces = {n: p.to_local() for n, p in named.items() if isinstance(p, DTensor)}
-    whole = {n: p for n, p in named.items() if not isinstance(p, DTensor)}
-    problems = [
-        *_differences(digests(whole), spread.mesh.data_axes),
-        *_differences(digests(pieces), spread.mesh["dp_replicate"]),
-    ]
+    pieces = {name: p.to_local() for name, p in named.items() if isinstance(p, DTensor)}
+    whole = {name: p for name, p in named.items() if not isinstance(p, DTensor)}
+    problem = _difference(whole, mesh.data_axes, mesh.rank) or _difference(pieces, mesh["dp_replicate"], mesh.rank)
     # A rank whose own replicas agree must hear of those that do not, or it would wait for its peers for ever.
-    problems = [problem for each in spread.mesh.data_axes.exchange(problems) for problem in each]
+    problems = [each for each in mesh.data_axes.exchange(problem) if each]
     if problems:
         raise ReplicasDiffer(
             f"{problems[0]} Copies that were equal have come apart.",
             hint="Look for code that runs on some ranks only, for a faulty memory or GPU; "
-            "resume from the last checkpoint, which holds rank 0's copy.",
+            "resume from the last checkpoint.",
         )
 
 
-def _differences(mine: dict[str, str], group: Group) -> list[str]:
-    if group.size == 1:
-        return []
-    theirs = group.exchange(mine)
-    for name in mine:
-        found = [each[name] for each in theirs]
-        if len(set(found)) > 1:
-            usual, _ = Counter(found).most_common(1)[0]
-            odd = [str(rank) for rank, digest in enumerate(found) if digest != usual]
-            return [f"Parameter {name} differs on rank {', '.join(odd)} of {group.size} replicas."]
-    return []
+def _difference(tensors: Mapping[str, Tensor], group: Group, rank: int) -> str | None:
+    if group.size == 1 or not tensors:
+        return None
+    theirs = group.exchange({"rank": rank, "digests": digests(tensors)})
+    for name in tensors:
+        ranks_of: dict[str, list[int]] = {}
+        for each in theirs:
+            ranks_of.setdefault(each["digests"][name], []).append(each["rank"])
+        if len(ranks_of) > 1:
+            return _said(name, list(ranks_of.values()))
+    return None
+
+
+def _said(name: str, camps: list[list[int]]) -> str:
+    most = max(camps, key=len)
+    if 2 * len(most) <= sum(map(len, camps)):
+        ranks = " and ".join(_listed(camp) for camp in camps)
+        return f"Parameter {name} differs between {ranks}."
+    odd = sorted(rank for camp in camps if camp is not most for rank in camp)
+    return f"Parameter {name} on {_listed(odd)} differs from that on the other {len(most)} ranks."
+
+
+def _listed(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from trainfleet.comm.group import Group, Work
+from trainfleet.errors import PlanError
 
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel uses; the first bucket is small so that it leaves early
 FIRST_BUCKET_BYTES = 1 << 20
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """PlanError for an embedding that makes sparse gradients, which cannot be averaged with others."""
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise PlanError(
+                f"{name or 'The model'} is a {type(module).__name__} with sparse=True, whose sparse gradients are not "
+                "exchanged between ranks. Build it with sparse=False, or train on one rank with plan.zero=0."
+            )
 
 
 class Bucket:
@@ -80,6 +91,14 @@ class GradientAverage:
         while self._launched < len(self._buckets) and self._buckets[self._launched].is_full:
             self._buckets[self._launched].launch(self._group)
             self._launched += 1
+
+    def forget(self) -> None:
+        """After an error in backward: what has begun is not awaited, and nothing of it counts."""
+        for bucket in self._buckets:
+            bucket.work, bucket.flat = None, None
+            bucket.ready.clear()
+        self._launched = 0
+        self._due = False
 
     def finish(self) -> None:
         """Send what is still here and wait for all of it. Backward calls it; calling again does nothing."""

@@ -7,7 +7,9 @@ never in what is computed.
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,57 +22,72 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.torch_private import reduce_unused_gradients
 from trainfleet.plan import Plan
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> FSDPModule:
-    """Shard `model` in place over `mesh` (dims dp_replicate, dp_shard), block by block.
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, plan: Plan) -> FSDPModule:
+    """Shard `model` in place over `mesh` (dims dp_replicate, dp_shard), each of `blocks` as a unit, the rest with it.
 
-    Left whole, because FSDP2 cannot hold them or must not cut them: scalar (0-dim) parameters. Shared by
-    several blocks, and so gathered with the root: tied weights. The caller averages the gradients of whole ones.
+    What FSDP2 cannot hold stays whole on every rank, and the caller averages its gradients: see
+    `unshardable_parameters`; and what only blocks share with one another.
     """
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    blocks = find_blocks(model, plan.blocks)
+    odd = unshardable_parameters(model)
     tied = shared_parameters(model, blocks)
     offload = (
         CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if plan.offload == "parameters" else OffloadPolicy()
     )
     over = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
-    # Innermost first: a module takes what its children have not.
+    # Innermost first: a module takes what its children have not. What a block shares with the rest of the model
+    # is left to the root, which finds it inside the block too.
     for block in sorted(blocks, key=lambda block: sum(1 for _ in block.modules())):
         fully_shard(
             block,
             mesh=over,
             reshard_after_forward=plan.zero == 3,
             offload_policy=offload,
-            ignored_params=scalars | tied,
+            ignored_params=odd | tied,
         )
     # Backward begins with what the root gathered last, so the root keeps it in every stage.
-    root = fully_shard(model, mesh=over, reshard_after_forward=False, offload_policy=offload, ignored_params=scalars)
+    root = fully_shard(model, mesh=over, reshard_after_forward=False, offload_policy=offload, ignored_params=odd)
+    if blocks:
+        # Only an in-place change of the model's output could lose a hook, and the blocks' hooks do what it would.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view")
     for entry in plan.entry_points:
         register_fsdp_forward_method(model, entry)
     reduce_unused_gradients(root)
     return root
 
 
-def shared_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that a block shares with another block or with the rest of the model."""
-    inside = {module for block in blocks for module in block.modules()}
-    owners: Counter[nn.Parameter] = Counter()
-    for block in blocks:
-        owners.update(set(block.parameters()))
-    for module in model.modules():
-        if module not in inside:
-            owners.update(set(module.parameters(recurse=False)))
-    nested = {parameter for parameter in owners if owners[parameter] > 1}
-    # A block inside a block counts twice without being shared: take those away that one innermost block owns alone.
-    for block in blocks:
-        if any(other is not block and block in set(other.modules()) for other in blocks):
-            nested -= {p for p in block.parameters() if _holders(model, p) == 1}
-    return nested
+def unshardable_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that FSDP2 refuses: scalars; and trainable ones that are empty, complex, or not of the usual dtype."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            numbers[parameter.dtype] += parameter.numel()
+    usual = max(numbers, key=lambda dtype: (not dtype.is_complex, numbers[dtype]))
+    return {
+        parameter
+        for parameter in model.parameters()
+        if parameter.ndim == 0
+        or (parameter.requires_grad and (parameter.dtype != usual or parameter.is_complex() or not parameter.numel()))
+    }
 
 
-def _holders(model: nn.Module, parameter: nn.Parameter) -> int:
-    return sum(any(held is parameter for held in module.parameters(recurse=False)) for module in model.modules())
+def shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that belong to several units; a unit is a block without the blocks inside it, or the rest."""
+    units, owners = set(blocks), defaultdict[nn.Parameter, set[nn.Module]](set)
+    seen: set[tuple[nn.Module, nn.Module]] = set()
+
+    def walk(module: nn.Module, unit: nn.Module) -> None:
+        unit = module if module in units else unit
+        if (module, unit) in seen:
+            return
+        seen.add((module, unit))
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].add(unit)
+        for child in module.children():
+            walk(child, unit)
+
+    walk(model, model)
+    return {parameter for parameter, found in owners.items() if len(found) > 1}

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.torch_private import forget_iteration
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
@@ -36,14 +38,25 @@ class Spread:
         """Run one forward and backward inside; gradients are exchanged when the plan wants them to be.
 
         ZeRO-2 and 3 scatter the gradients of every micro-batch, so that no rank holds them whole;
-        ZeRO-0 and 1 keep them whole and exchange the sum with the last.
+        ZeRO-0 and 1 keep them whole and exchange the sum with the last. After an error inside that came to all
+        ranks alike, the next step can begin afresh: clear the gradients.
         """
         self.exchange_gradients(last=last)
         if last:
             self.average.expect()
-        yield
-        if last:
-            self.average.finish()
+        try:
+            yield
+            if last:
+                self.average.finish()
+        except BaseException:
+            self.forget_step()
+            raise
+
+    def forget_step(self) -> None:
+        """Drop whatever a broken forward or backward left under way."""
+        self.average.forget()
+        if self.sharded is not None:
+            forget_iteration(self.sharded)
 
     def rest(self) -> None:
         """Free what forwards without a backward have left gathered, so that the model holds its pieces again."""
@@ -86,13 +99,13 @@ def spread_of(model: nn.Module) -> Spread:
 def accumulating(model: nn.Module) -> Iterator[None]:
     """For a hand-written loop: backwards inside only add to the gradients; the next one outside exchanges them."""
     spread = spread_of(model)
-    with spread.micro_batch(last=False):
-        yield
-    spread.exchange_gradients(last=True)
+    try:
+        with spread.micro_batch(last=False):
+            yield
+    finally:
+        spread.exchange_gradients(last=True)
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that every rank holds whole."""
-    from torch.distributed.tensor import DTensor
-
     return [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]

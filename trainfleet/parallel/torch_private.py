@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +41,25 @@ def reduce_unused_gradients(root: FSDPModule) -> None:
     """Exchange zeros for parameters that backward did not reach, so that ranks may differ in which those are."""
     if hasattr(root, "set_reduce_scatter_unused_params"):  # since torch 2.13
         root.set_reduce_scatter_unused_params(True)
+
+
+def forget_iteration(root: FSDPModule) -> None:
+    """After an error in forward or backward: nothing is under way or gathered, and no gradient accumulates."""
+    if root._get_fsdp_state()._is_root is None:
+        return  # it has not run yet
+    if hasattr(root, "reset_iter_state"):  # since torch 2.13
+        root.reset_iter_state()
+    # It says that it discards these too, but does not.
+    for each in _sharded_parameters(root):
+        each.unsharded_accumulated_grad = None
+        each.sharded_param.grad = None
+        if hasattr(each, "_unsharded_param"):
+            each._unsharded_param.grad = None
+
+
+def with_local(array: DTensor, local: Tensor) -> DTensor:
+    """A DTensor like `array` whose piece is `local`, which may rest on another device than the mesh."""
+    return DTensor(local, array._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def offsets_in_whole(array: DTensor) -> tuple[int, ...]:

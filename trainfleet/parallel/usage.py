@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from trainfleet.errors import PlanError
 from trainfleet.parallel.torch_private import gathered_parameters
 
 
@@ -21,7 +22,9 @@ class Usage:
     """Notes, from one `start` to the next, which trainable parameters of `model` got a gradient here."""
 
     def __init__(self, model: nn.Module, sharded: FSDPModule | None) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._named = dict(model.named_parameters())
+        self._trained = [parameter.requires_grad for parameter in self._named.values()]
+        self.parameters = [parameter for parameter in self._named.values() if parameter.requires_grad]
         self._index = {parameter: i for i, parameter in enumerate(self.parameters)}
         self._sharded = sharded
         self._used = [False] * len(self.parameters)
@@ -42,7 +45,13 @@ class Usage:
         return note
 
     def start(self) -> None:
-        """Forget what was noted."""
+        """Forget what was noted. PlanError if what is trained has changed: gradients would not be exchanged."""
+        if [parameter.requires_grad for parameter in self._named.values()] != self._trained:
+            changed = [n for (n, p), was in zip(self._named.items(), self._trained) if p.requires_grad != was]
+            raise PlanError(
+                f"requires_grad of {changed[0]} has changed since the model was spread. Freeze and unfreeze before "
+                "`parallelize`; to change it later, save, build the model anew and restore."
+            )
         self._used = [False] * len(self.parameters)
 
     def watch(self) -> None:

@@ -199,10 +199,13 @@ def trace(case: Case, plan: Plan, mesh: Mesh) -> Trace:
 
 
 def _whole(tensor: Tensor) -> NDArray[Any]:
+    import torch
     from torch.distributed.tensor import DTensor
 
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).numpy()  # type: ignore[no-any-return]
+    copied = whole.detach().to("cpu", copy=True)
+    # NumPy has no bfloat16.
+    return (copied.float() if copied.dtype == torch.bfloat16 else copied).numpy()  # type: ignore[no-any-return]
 
 
 def compare(

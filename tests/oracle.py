@@ -1,0 +1,81 @@
+"""The plain thing that spread models are held against: one process, torch, a loop written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trainfleet.loss import LossSum
+from trainfleet.mesh import Mesh
+from trainfleet.parallel.engine import call_with_batch
+from trainfleet.plan import Plan
+from trainfleet.training.verify import Case, Trace, compare, trace
+
+if TYPE_CHECKING:
+    from rank_pool import RankPools
+
+
+def plain_trace(case: Case, ranks: int) -> Trace:
+    """What one process computes on the micro-batches of all ranks: names as those of `trace`."""
+    torch.manual_seed(case.seed)
+    model = case.build().train()
+    optimizer = case.optimizer(model)
+    found: Trace = {}
+    for step in range(case.steps):
+        losses = []
+        for number in range(step * ranks * case.accumulation, (step + 1) * ranks * case.accumulation):
+            batch = case.micro_batch(number)
+            losses.append(LossSum.of(case.loss_fn(call_with_batch(model, batch), batch)))
+        mean = sum(loss.total for loss in losses) / sum(loss.weight for loss in losses)
+        optimizer.zero_grad()
+        mean.backward()
+        found[f"step {step + 1}, loss"] = mean.detach().numpy()
+        if case.keep_gradients:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    found[f"step {step + 1}, gradient of {name}"] = parameter.grad.numpy().copy()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        found[f"step {step + 1}, gradient norm"] = norm.numpy()
+        if case.clip_norm is not None and norm > case.clip_norm:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(case.clip_norm / norm)
+        optimizer.step()
+        if not case.only_last or step == case.steps - 1:
+            for name, tensor in named(model):
+                wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
+                found[f"step {step + 1}, {name}"] = wide.detach().numpy().copy()
+    return found
+
+
+def named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = [(f"parameter {name}", parameter) for name, parameter in model.named_parameters()]
+    return [*parameters, *((f"buffer {name}", buffer) for name, buffer in model.named_buffers())]
+
+
+def traces(case: Case, plans: Sequence[Plan]) -> list[Trace] | None:
+    """On the ranks: what each plan computes."""
+    found = []
+    for plan in plans:
+        with Mesh.from_env(plan) as mesh:
+            found.append(trace(case, plan, mesh))
+    return found if mesh.is_main else None
+
+
+def hold_against_one_process(
+    ranks: RankPools, size: int, case: Case, plans: Sequence[Plan], *, slack: float = 1.0
+) -> None:
+    """Every plan, on `size` ranks, computes what one process computes, within the rounding of float32."""
+    expected = plain_trace(case, size)
+    for plan, found in zip(plans, ranks(size, traces, case, plans)[0]):
+        verdict = compare(expected, found, "fp32", slack=slack)
+        assert verdict.holds, f"{plan}: {verdict}"
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy of all of a tensor, gathered where it is in pieces."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
