@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -120,11 +121,33 @@ def _is_fused_on_shards(group: dict[str, Any]) -> bool:
 
 
 def shard_safe(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer, made right on shards where that can be done: Muon orthogonalises gathered matrices."""
+    """The same optimizer, made right on shards where that can be done.
+
+    Muon orthogonalises gathered matrices; groups that hold shards beside whole parameters are split for the step.
+    """
     for part in optimizer.parts if isinstance(optimizer, JoinedOptimizer) else (optimizer,):
         if type(part) is torch.optim.Muon:
             part.__class__ = GatheredMuon
+        elif type(part) in TABLE and any(len(_by_kind(group)) > 1 for group in part.param_groups):
+            part.step = MethodType(_step_by_kind, part)  # type: ignore[method-assign]
     return optimizer
+
+
+def _step_by_kind(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """A step in which no fused kernel gets shards and whole tensors at once, which torch refuses."""
+    groups = self.param_groups
+    self.param_groups = [kind for group in groups for kind in _by_kind(group)]
+    try:
+        return type(self).step(self, closure)  # type: ignore[arg-type]
+    finally:
+        self.param_groups = groups
+
+
+def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in kinds.values()]
 
 
 def build_optimizer(
@@ -154,7 +177,7 @@ def build_optimizer(
     args.setdefault("adjust_lr_fn", "match_rms_adamw")  # so that one rate suits both
     parts = []
     if matrices:
-        parts.append(shard_safe(_make(name, make, matrices, set(), lr, args)))
+        parts.append(_make(name, make, matrices, set(), lr, args))
     if others:
         parts.append(_make("adamw", torch.optim.AdamW, others, undecayed, lr, rest))
     return parts[0] if len(parts) == 1 else JoinedOptimizer(*parts)
@@ -204,7 +227,7 @@ def _make(
         raise ConfigError(f"{name} refuses the arguments lr={lr}, {args}: {exc}. Correct optimizer.args.") from exc
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optimizer.name is {name!r}, which makes a {type(optimizer).__name__}, not an Optimizer.")
-    return optimizer
+    return shard_safe(optimizer)
 
 
 def _arguments(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

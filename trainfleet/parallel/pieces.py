@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainfleet.errors import CheckpointError
+from trainfleet.parallel.optimizers import shard_safe
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.torch_private import offsets_in_whole
 from trainfleet.state import ShardedArray
@@ -176,7 +177,7 @@ def _memory_of_one_step(optimizer: Optimizer, parameters: set[nn.Parameter]) -> 
             copied["lr"].zero_()
         members = [parameter for parameter in group["params"] if parameter in parameters]
         twin.param_groups.append({**group, **copied, **still, "params": members})
-    twin.step()
+    shard_safe(twin).step()
     return dict(memory)
 
 
