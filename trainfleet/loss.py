@@ -28,7 +28,8 @@ class LossSum:
     def mean(self) -> float:
         """total / weight as a float; 0 where nothing was weighed."""
         weight = float(self.weight)
-        return float(self.total) / weight if weight else 0.0
+        total = self.total.detach() if hasattr(self.total, "detach") else self.total
+        return float(total) / weight if weight else 0.0
 
     @property
     def mean_tensor(self) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +36,8 @@ def init_process_group(environment: RankEnvironment, *, device: str, timeout: ti
     PeerError or LaunchError says who did not come, or came with other versions; then there is no group.
     """
     store = meet(environment, timeout=timeout)
+    atexit.unregister(_let_gloo_finish)  # once is enough
+    atexit.register(_let_gloo_finish)
     gpu = torch.device(device) if device.startswith("cuda") else None
     with _translated("meeting the other ranks", environment.rank, environment.world_size):
         dist.init_process_group(
@@ -44,6 +48,30 @@ def init_process_group(environment: RankEnvironment, *, device: str, timeout: ti
             timeout=timeout,
             device_id=gpu,
         )
+
+
+def _let_gloo_finish(deadline_seconds: float = 5.0) -> None:
+    """At the exit of Python: wait until gloo's threads rest.
+
+    They drop the tensors of a collective a moment after its end, which takes Python's lock; while the interpreter
+    shuts down, torch 2.13 aborts or hangs there. A thread that has something to do is runnable, or becomes so while
+    this one sleeps without the lock.
+    """
+    rests, ends = 0, time.monotonic() + deadline_seconds
+    while rests < 3 and time.monotonic() < ends:
+        time.sleep(0.002)
+        rests = rests + 1 if all(state == "S" for state in _states_of_gloo_threads()) else 0
+
+
+def _states_of_gloo_threads() -> list[str]:
+    """The kernel's letter for each, S where it waits; nothing where there is no /proc."""
+    states = []
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            name, _, rest = task.read_text().partition("(")[2].rpartition(")")
+            if name == "pt_gloo_runloop":
+                states.append(rest.split()[0])
+    return states
 
 
 class TorchGroup:
