@@ -135,6 +135,8 @@ class Trainer:
 
     def _after_step(self, steps: int, vote: StopVote) -> str:
         """Evaluate and save where that is due; `finished` unless the run has to end here."""
+        if self._saving is not None and self._saving.done:
+            self._tell_how_the_save_ended()
         if vote.says_stop():
             return "interrupted"
         evaluate = self._is_due(self.config.evaluate_every) or (self.step == steps and self._evaluation is not None)
