@@ -24,5 +24,5 @@ def finish(model: GPT, mesh: Mesh, folder: Path) -> dict[str, str | float]:
     sample = PROMPT + model.generate(PROMPT, SAMPLE_BYTES, temperature=0.7, generator=generator)
     if not mesh.is_main:
         return {}
-    baselines = {f"{name} (nats/byte)": round(nats, 3) for name, nats in StdlibText().baselines().items()}
+    baselines = {f"baseline/{name} (nats/byte)": round(nats, 3) for name, nats in StdlibText().baselines().items()}
     return {"sample": sample.decode(errors="replace"), **baselines}

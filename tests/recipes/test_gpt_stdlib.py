@@ -71,6 +71,6 @@ def test_the_end_of_the_run_shows_a_sample_and_what_counting_reaches(recipe: Rec
     shown = finish(model, SimpleNamespace(device="cpu", is_main=True), tmp_path)  # type: ignore[arg-type]
     assert asked == [(PROMPT, SAMPLE_BYTES)]
     assert shown["sample"] == "def f(x):\n�"
-    assert shown["trigram (nats/byte)"] < shown["unigram (nats/byte)"]  # type: ignore[operator]
+    assert shown["baseline/trigram (nats/byte)"] < shown["baseline/unigram (nats/byte)"]  # type: ignore[operator]
     assert finish(model, SimpleNamespace(device="cpu", is_main=False), tmp_path) == {}  # type: ignore[arg-type]
     assert len(asked) == 2  # every rank generates, as forwards of a spread model are made together
