@@ -30,9 +30,9 @@ class StateOffload:
             for name, value in state.items():
                 # Scalars such as the step count already live where their optimizer wants them.
                 if isinstance(value, Tensor) and value.ndim and value.device != device:
+                    leaves_gpu = leaves_gpu or value.is_cuda
                     state[name] = _moved(value, device)
-                    leaves_gpu = leaves_gpu or to_cpu
-        if leaves_gpu:
+        if to_cpu and leaves_gpu:
             torch.cuda.synchronize()  # the copies are read by the CPU, by a checkpoint for instance
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseExc
     held = ", ".join(f"{holder} {size / 2**20:.0f} MiB" for holder, size in holders if size)
     return OutOfMemory(
         f"Rank {spread.mesh.rank} ran out of memory on {spread.mesh.device} in {name}. Held there: {held or 'little'}. "
-        f"({str(cause).splitlines()[0]})",
+        f"({(str(cause) or type(cause).__name__).splitlines()[0]})",
         hint=f"In this order: {'; '.join(_remedies(spread.plan))}.",
     )
 

@@ -34,39 +34,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NARROW = (torch.bfloat16, torch.float16)
 
 FLOAT32_OPERATORS = (
-    "softmax.int",
-    "log_softmax.int",
-    "layer_norm",
-    "group_norm",
-    "rms_norm",
-    "nll_loss",
-    "nll_loss_nd",
-    "cross_entropy_loss",
-    "binary_cross_entropy_with_logits",
-    "kl_div",
-    "poisson_nll_loss",
-    "hinge_embedding_loss",
-    "margin_ranking_loss",
-    "soft_margin_loss",
-    "triplet_margin_loss",
-    "exp",
-    "expm1",
-    "log",
-    "log10",
-    "log2",
-    "log1p",
-    "reciprocal",
-    "rsqrt",
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "sum",
-    "sum.dim_IntList",
-    "prod",
-    "cumsum",
-    "cumprod",
-    "logsumexp",
-    "softplus",
-    "norm.Scalar",
+    # softmax and losses
+    *("softmax.int", "log_softmax.int", "logsumexp", "nll_loss", "nll_loss_nd", "cross_entropy_loss", "kl_div"),
+    *("binary_cross_entropy_with_logits", "poisson_nll_loss", "hinge_embedding_loss", "margin_ranking_loss"),
+    *("soft_margin_loss", "triplet_margin_loss", "cosine_similarity"),
+    # norms and distances
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "norm.Scalar", "norm.ScalarOpt_dim"),
+    *("linalg_vector_norm", "linalg_matrix_norm", "linalg_matrix_norm.str_ord", "frobenius_norm.dim"),
+    *("nuclear_norm", "nuclear_norm.dim", "renorm", "dist", "pdist"),
+    # sums and powers
+    *("sum", "sum.dim_IntList", "prod", "cumsum", "cumprod", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
+    *("exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "softplus"),
+    *("acos", "asin", "cosh", "sinh", "tan", "erfinv"),
+    # resampling
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d"),
+    *("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d"),
+    *("_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 )
 """CUDA's autocast keeps these in float32; the CPU's does not, so we make it. mse and l1 losses already agree."""
 
