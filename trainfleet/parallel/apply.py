@@ -53,7 +53,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     sharded = shard(model, blocks, mesh.torch, plan) if plan.zero else None
     if waits:
         materialize(model, mesh.device, shards_on="cpu" if plan.offload == "parameters" else None)
-    average = GradientAverage(whole_parameters(model), mesh.data_axes)
+    average = GradientAverage(whole_parameters(model), mesh.data_axes, overlap=sharded is None)
     attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded))
     return model
 

@@ -51,22 +51,27 @@ class Bucket:
         """Wait, and let each gradient be its part of the bucket."""
         assert self.work is not None and self.flat is not None
         self.work.wait()
-        offset = 0
-        for parameter in self.parameters:
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+        parts = torch.split(self.flat, [parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts):
+            parameter.grad = part.view_as(parameter)
         self.work, self.flat = None, None
         self.ready.clear()
 
 
 class GradientAverage:
-    """The mean over `group` of the gradients of `parameters`, taken in every backward while `enabled`."""
+    """The mean over `group` of the gradients of `parameters`, taken in every backward while `enabled`.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: Group) -> None:
+    `overlap=False` sends nothing before backward is over. It must be so beside sharded parameters, whose exchanges
+    share the wire: a rank that skips a parameter sends later than others, and all must send in one order.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Group, *, overlap: bool = True) -> None:
         self.enabled = True
         """False while micro-batches accumulate."""
         self._due = False  # an exchange has begun, or must take place, and is not finished
+        self._is_expected = False  # somebody will call `finish`, so backward need not wait
         self._group = group
+        self._overlap = overlap
         self._buckets = _buckets(list(parameters)) if group.size > 1 else []
         self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._launched = 0
@@ -76,21 +81,33 @@ class GradientAverage:
     def expect(self) -> None:
         """An exchange must take place before `finish` returns, even if backward reaches no parameter here."""
         self.enabled = True
-        self._due = bool(self._buckets)
+        self._due = self._is_expected = bool(self._buckets)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self.enabled:
             return
         if not any(bucket.ready for bucket in self._buckets):
             # Runs when this backward is over: parameters it did not reach must not keep a bucket waiting.
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
             self._due = True
         assert isinstance(parameter, nn.Parameter)
         self._bucket_of[parameter].ready.add(parameter)
         # Every rank must launch in the same order, so a full bucket waits for those before it.
-        while self._launched < len(self._buckets) and self._buckets[self._launched].is_full:
+        while self._overlap and self._launched < len(self._buckets) and self._buckets[self._launched].is_full:
             self._buckets[self._launched].launch(self._group)
             self._launched += 1
+
+    def _end_backward(self) -> None:
+        self.send()
+        if not self._is_expected:
+            self.finish()
+
+    def send(self) -> None:
+        """Send what is still here. Until `finish`, gradients are those of this rank alone."""
+        if self._due:
+            for bucket in self._buckets[self._launched :]:
+                bucket.launch(self._group)
+            self._launched = len(self._buckets)
 
     def forget(self) -> None:
         """After an error in backward: what has begun is not awaited, and nothing of it counts."""
@@ -98,18 +115,20 @@ class GradientAverage:
             bucket.work, bucket.flat = None, None
             bucket.ready.clear()
         self._launched = 0
-        self._due = False
+        self._due = self._is_expected = False
 
     def finish(self) -> None:
-        """Send what is still here and wait for all of it. Backward calls it; calling again does nothing."""
+        """Send what is still here and wait for all of it; calling again does nothing.
+
+        Backward calls it by itself where nobody has said with `expect` that they will.
+        """
         if not self._due:
             return
-        for bucket in self._buckets[self._launched :]:
-            bucket.launch(self._group)
+        self.send()
         for bucket in self._buckets:
             bucket.finish()
         self._launched = 0
-        self._due = False
+        self._due = self._is_expected = False
 
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:

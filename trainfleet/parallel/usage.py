@@ -25,13 +25,10 @@ class Usage:
         self._named = dict(model.named_parameters())
         self._trained = [parameter.requires_grad for parameter in self._named.values()]
         self.parameters = [parameter for parameter in self._named.values() if parameter.requires_grad]
-        self._index = {parameter: i for i, parameter in enumerate(self.parameters)}
         self._sharded = sharded
         self._used = [False] * len(self.parameters)
         self._watched: set[int] = set()
-        if sharded is None:
-            for i, parameter in enumerate(self.parameters):
-                self._watch(i, parameter)
+        self._sharded_parts = [i for i, parameter in enumerate(self.parameters) if isinstance(parameter, DTensor)]
 
     def _watch(self, i: int, parameter: nn.Parameter) -> None:
         if i not in self._watched:
@@ -56,18 +53,22 @@ class Usage:
 
     def watch(self) -> None:
         """After a forward: watch what it gathered for the first time, before its backward."""
-        if self._sharded is None or len(self._watched) == len(self.parameters):
+        if self._sharded is None or len(self._watched) == len(self._sharded_parts):
             return
         gathered = dict(gathered_parameters(self._sharded))
-        for parameter, i in self._index.items():
-            if parameter in gathered:
-                self._watch(i, gathered[parameter])
-            elif not isinstance(parameter, DTensor):
-                self._watch(i, parameter)
+        for i in self._sharded_parts:
+            if (whole := gathered.get(self.parameters[i])) is not None:
+                self._watch(i, whole)
 
     def bits(self, device: torch.device | str) -> Tensor:
-        """One number a parameter: 1 where this rank used it. Sum them over the ranks."""
-        return torch.tensor(self._used, dtype=torch.float64, device=device)
+        """One number a parameter: 1 where this rank used it. Sum them over the ranks.
+
+        Ask before gradients of other ranks arrive: of whole parameters, those that have a gradient were used.
+        """
+        used = [parameter.grad is not None for parameter in self.parameters]
+        for i in self._sharded_parts:
+            used[i] = self._used[i]
+        return torch.tensor(used, dtype=torch.float64, device=device)
 
     def drop_unused(self, counts: list[float]) -> None:
         """Take away the gradients of parameters that no rank used."""
