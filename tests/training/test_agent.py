@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("torch", reason="the agent is torch's")
 
-from trainfleet.errors import RankFailed  # noqa: E402
-from trainfleet.training.agent import Job, run_command  # noqa: E402
+from trainfleet.errors import RankFailed
+from trainfleet.training.agent import Job, run_command
 
 
 def test_a_command_runs_as_every_rank_and_all_is_as_before(tmp_path: Path) -> None:
