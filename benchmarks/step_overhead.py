@@ -18,6 +18,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,36 @@ from measuring.rounds import interval, ratios, shown
 from measuring.table import RESULTS, Report, Table
 
 HAND, AGAIN, OURS = "by hand", "by hand, again", "trainfleet"
+SETTINGS: dict[str, dict[str, int]] = {
+    "small/1": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 20},
+    "tiny/1": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
+    "small/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 20},
+    "tiny/2": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
+    "zero2/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "accumulation": 2, "block": 10},
+}
+"""By name and number of processes. The small one is that of `make train`."""
 RIVALS = {"lightning-fabric": "Fabric", "accelerate": "Accelerate", "deepspeed": "DeepSpeed stage 0"}
-WIDTHS = {"small": 128, "tiny": 32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
-    parser.add_argument("--only", default="", help="only settings whose name contains this, such as tiny/2")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="only settings whose name contains this, such as tiny/2")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.setting:
-        on_rank(options.setting, options.quick, options.rounds, options.answer)
+    names = [name for name in SETTINGS if options.only in name]
+    if options.answer:
+        on_rank(names, options)
         return
     report = Report(name="step_overhead", summary=__doc__.split("\n\n")[2].replace("\n", " "))
-    for name in ("small/1", "small/2", "tiny/1", "tiny/2", "zero2/2"):
-        if options.only in name:
-            arguments = ["--setting", name, "--rounds", str(options.rounds), *["--quick"] * options.quick]
-            answer = run_ranks(__file__, int(name.split("/")[1]), arguments)
-            report.add(table_of(answer))
+    for nproc in (1, 2):
+        if any(name.endswith(f"/{nproc}") for name in names):
+            only = options.only if options.only.endswith(f"/{nproc}") else f"{options.only}/{nproc}"
+            arguments = ["--only", only, "--rounds", str(options.rounds), *["--quick"] * options.quick]
+            for answer in run_ranks(__file__, nproc, arguments):
+                report.add(table_of(answer))
     report.write(options.results)
 
 
@@ -87,41 +96,48 @@ def table_of(answer: dict[str, Any]) -> Table:
     )
 
 
-def on_rank(name: str, quick: bool, rounds: int, answer: Path) -> None:
+def on_rank(names: Sequence[str], options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from loops.setting import Setting
-    from trainfleet import Mesh, Plan
+    from trainfleet import Mesh
 
     torch.set_num_threads(1)
+    with Mesh.from_env(device="cpu") as mesh:
+        found = [compare(name, quick=options.quick, rounds=options.rounds) for name in names]
+        if mesh.is_main:
+            options.answer.write_text(json.dumps(found))
+        dist.barrier()
+
+
+def compare(name: str, *, quick: bool, rounds: int) -> dict[str, Any]:
+    from loops.setting import Setting
+
+    from trainfleet import Mesh, Plan
+
     kind, nproc = name.split("/")
-    setting = {
-        "small": Setting(name=kind, width=128, depth=4, samples=4, length=256),
-        "tiny": Setting(name=kind, width=32, depth=2, samples=2, length=64),
-        "zero2": Setting(name=kind, width=128, depth=4, samples=4, length=256, accumulation=2),
-    }[kind]
-    block = {"small": 20, "tiny": 100, "zero2": 10}[kind]
+    block = SETTINGS[name]["block"]
+    setting = Setting(**{key: value for key, value in SETTINGS[name].items() if key != "block"})
     if quick:
-        setting = Setting(name=kind, width=32, depth=2, samples=1, length=16, accumulation=setting.accumulation)
+        setting = replace(setting, width=32, depth=2, samples=1, length=16)
         block, rounds = 4, 2
     plan = Plan(zero=2 if kind == "zero2" else 0)
-    with Mesh.from_env(plan, device="cpu") as mesh, tempfile.TemporaryDirectory() as folder:
+    mesh = Mesh.from_env(plan, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
         shared = Path(mesh.data_axes.exchange(folder)[0])
         found = take_turns(setting, plan, mesh, shared, block=block, rounds=rounds)
-        if mesh.is_main:
-            parameters = sum(p.numel() for p in setting.build_model().parameters())
-            found["title"] = (
-                f"{'ZeRO-2' if plan.zero else 'Replicated'}, {nproc} process{'es' * (nproc != '1')}: "
-                f"a GPT of {parameters:,} parameters, {setting.accumulation} x {setting.samples} x "
-                f"{setting.length} bytes a step and process"
-            )
-            found["note"] = (
-                f"{rounds} rounds of {block} steps; AdamW (fused), clipped to norm 1. Ours with lines, JSONL, TensorBoard "
-                f"and a checkpoint every {block} steps. Losses: largest relative difference over all {found['steps']} steps."
-            )
-            answer.write_text(json.dumps(found))
-        dist.barrier()
+        mesh.data_axes.barrier()
+    parameters = sum(p.numel() for p in setting.build_model().parameters())
+    found["title"] = (
+        f"{'ZeRO-2' if plan.zero else 'Replicated'}, {nproc} process{'es' * (nproc != '1')}: "
+        f"a GPT of {parameters:,} parameters, {setting.accumulation} x {setting.samples} x "
+        f"{setting.length} bytes a step and process"
+    )
+    found["note"] = (
+        f"{rounds} rounds of {block} steps; AdamW (fused), clipped to norm 1. Ours with lines, JSONL, TensorBoard and "
+        f"a checkpoint every {block} steps. Losses: largest relative difference over all {found['steps']} steps."
+    )
+    return found
 
 
 def loops_for(setting: Any, zero: int) -> tuple[dict[str, Callable[[Any], Any]], list[str]]:
@@ -158,13 +174,10 @@ def rival(package: str, setting: Any, zero: int) -> Any:
 def take_turns(setting: Any, plan: Any, mesh: Any, folder: Path, *, block: int, rounds: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
-
     from loops.ours import InTrainer, clocks, elapsed
 
     makers, missing = loops_for(setting, plan.zero)
-    ours = InTrainer(
-        setting.build_model(), mesh, plan, folder, accumulation=setting.accumulation, save_every=block
-    )
+    ours = InTrainer(setting.build_model(), mesh, plan, folder, accumulation=setting.accumulation, save_every=block)
     loops = {name: make(setting.build_model()) for name, make in makers.items()}
     warm_up = block // 2  # so that ours saves in the middle of its blocks, and all of the save falls into them
     steps = setting.steps(warm_up + rounds * block + 1, mesh.rank)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from torch import nn
-
 from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
+from torch import nn
 
 
 class InAccelerate:

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
 
 
 class ByHand:
     """One process: no wrapper at all. Several: DistributedDataParallel."""
 
     def __init__(self, model: nn.Module, accumulation: int = 1) -> None:
-        assert accumulation == 1
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.model = DistributedDataParallel(model) if several else model
         self.optimizer = optimizer_for(self.model)
 
     def run(self, steps: Sequence[Step]) -> list[float]:
         losses = []
-        for (batch,) in steps:
-            loss = mean_loss(self.model(batch["input"]), batch)
-            loss.backward()
+        for micro_batches in steps:
+            total = 0.0
+            for i, batch in enumerate(micro_batches):
+                with self.model.no_sync() if self.must_wait(i, micro_batches) else nullcontext():
+                    loss = mean_loss(self.model(batch["input"]), batch) / len(micro_batches)
+                    loss.backward()
+                total += loss.item()
             nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(total)
         return losses
+
+    def must_wait(self, i: int, micro_batches: Step) -> bool:
+        return isinstance(self.model, DistributedDataParallel) and i < len(micro_batches) - 1
 
 
 class ByHandSharded:
@@ -53,8 +58,7 @@ class ByHandSharded:
             total = 0.0
             for i, batch in enumerate(micro_batches):
                 total += self.forward_backward(batch, len(micro_batches), is_last=i == len(micro_batches) - 1)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-            assert isinstance(norm, torch.Tensor) and isinstance(norm, DTensor)
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses.append(total)

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 import deepspeed
 import torch.distributed as dist
+from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
 from torch import nn
 
-from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
+SMALL = {
+    "reduce_bucket_size": 1 << 20,
+    "stage3_prefetch_bucket_size": 1 << 20,
+    "stage3_param_persistence_threshold": 0,
+}
+"""In elements. By default buckets are 2 GB, and stage 3 leaves parameters below 100,000 elements whole."""
 
 
 class InDeepSpeed:
@@ -19,7 +25,7 @@ class InDeepSpeed:
             "train_micro_batch_size_per_gpu": samples,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": CLIP_NORM,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, **SMALL},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1_000_000,
         }

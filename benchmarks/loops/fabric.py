@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from torch import nn
-
 from loops.setting import CLIP_NORM, Step, mean_loss, optimizer_for
+from torch import nn
 
 
 class InFabric:

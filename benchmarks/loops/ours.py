@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from loops.setting import CLIP_NORM, Batch, Step, mean_loss, optimizer_for
 from torch import nn
 
-from loops.setting import CLIP_NORM, Batch, Step, mean_loss, optimizer_for
-from trainfleet import Checkpointer, Mesh, Plan, Trainer, open_store, parallelize
+from trainfleet import Checkpointer, Mesh, NativeEngine, Plan, Trainer, open_store, parallelize
 from trainfleet.events import Event, StepEnded
 from trainfleet.monitor import MonitorConfig, RunFolder, observers_for
 from trainfleet.training.recipe import TrainConfig
@@ -25,6 +25,23 @@ class Losses:
     def on_event(self, event: Event) -> None:
         if isinstance(event, StepEnded):
             self.seen.append(event.loss)
+
+
+class InEngine:
+    """The engine alone, in a loop written by hand."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model = parallelize(model, Mesh.from_env(plan, device="cpu"), plan)
+        self.optimizer = optimizer_for(self.model)
+        self.engine = NativeEngine(self.model, self.optimizer, mean_loss)
+
+    def run(self, steps: Sequence[Step]) -> list[float]:
+        losses = []
+        for micro_batches in steps:
+            losses.append(self.engine.forward_backward(micro_batches).mean)
+            self.engine.clip(CLIP_NORM)
+            self.engine.step()
+        return losses
 
 
 class InTrainer:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))
 
-from gpt import GPT  # noqa: E402
+from gpt import GPT
 
 Batch = dict[str, Tensor]
 Step = Sequence[Batch]
@@ -27,7 +27,6 @@ CLIP_NORM = 1.0
 class Setting:
     """One model and its batches."""
 
-    name: str
     width: int
     depth: int
     samples: int
@@ -35,11 +34,12 @@ class Setting:
     length: int
     """Bytes of a sample."""
     accumulation: int = 1
+    heads: int = 2
 
     def build_model(self) -> nn.Module:
         """The same numbers each time, on every rank."""
         torch.manual_seed(0)
-        return GPT(self.width, self.depth)
+        return GPT(self.width, self.depth, self.heads)
 
     def steps(self, count: int, rank: int) -> list[Step]:
         """`count` steps of batches, other ones on each rank, from a text that every Python brings."""
