@@ -12,9 +12,9 @@ def bytes_held(zero: int) -> dict[str, int]:
         model = parallelize(mlp(), mesh, plan)
         engine = NativeEngine(model, torch.optim.AdamW(model.parameters()), digit_loss)
         engine.forward_backward([next(LocalBatches(Digits(), size=8, rank=mesh.rank, world_size=mesh.world_size))])
-        gradients = held_bytes(model, engine.optimizer)["gradients"]
+        gradients = held_bytes(model, engine.optimizer, mesh.device)["gradients"]
         engine.step()
-        return {**held_bytes(model, engine.optimizer), "gradients": gradients}
+        return {**held_bytes(model, engine.optimizer, mesh.device), "gradients": gradients}
 
 
 def every_stage() -> list[dict[str, int]]:

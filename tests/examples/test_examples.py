@@ -82,11 +82,13 @@ def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
     )
     try:
         first = run([*command, "0", meeting, *short, f"folder={tmp_path / 'run'}"], tmp_path)
-        assert second.wait(60) == 0, second.stdout and second.stdout.read()
+        other, _ = second.communicate(timeout=60)
+        assert second.returncode == 0, other
     finally:
         second.kill()
-    assert "processes 2" in first
-    assert "finished" in first
+    told = first + other  # which of two hosts with one address is the first rank's is not ours to say
+    assert "processes 2" in told
+    assert told.count("finished") == 1
 
 
 @pytest.mark.parametrize("program", ["quick_start.py", "one_call.py"])
