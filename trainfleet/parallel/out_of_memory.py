@@ -46,7 +46,7 @@ def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseExc
     )
 
 
-def held_bytes(model: nn.Module, optimizer: Optimizer, on: torch.device) -> dict[str, int]:
+def held_bytes(model: nn.Module, optimizer: Optimizer, on: torch.device | str) -> dict[str, int]:
     """Bytes on a device that this rank holds of parameters, gradients, optimizer state and buffers."""
     parameters = list(model.parameters())
     memory = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -56,12 +56,12 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, on: torch.device) -> dict
         "optimizer state": memory,
         "buffers": list(model.buffers()),
     }
-    return {name: sum(_bytes(tensor, on) for tensor in tensors) for name, tensors in held.items()}
+    return {name: sum(_bytes(tensor, torch.device(on).type) for tensor in tensors) for name, tensors in held.items()}
 
 
-def _bytes(tensor: Tensor, on: torch.device) -> int:
+def _bytes(tensor: Tensor, on: str) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size() if local.device.type == on.type else 0
+    return local.numel() * local.element_size() if local.device.type == on else 0
 
 
 def _remedies(plan: Plan) -> list[str]:
