@@ -87,7 +87,7 @@ def test_a_star_stands_for_one_part_of_a_name() -> None:
 
 def test_a_pattern_without_a_match_or_on_a_list_is_refused() -> None:
     model = Model(layers=nn.ModuleList(blocks(2)))
-    with pytest.raises(PlanError, match="'Blok', but no module of Model .* Block, LayerNorm, Linear"):
+    with pytest.raises(PlanError, match=r"'Blok', but no module of Model .* Block, LayerNorm, Linear"):
         find_blocks(model, ("Blok",))
     with pytest.raises(PlanError, match=r"the ModuleList layers: .* Name its members: 'layers.\*'"):
         find_blocks(model, ("layers",))

@@ -38,6 +38,9 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, plan:
         CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if plan.offload == "parameters" else OffloadPolicy()
     )
     over = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():  # of a convolution with channels last, which only whole parameters can have
+            parameter.data = parameter.data.contiguous()
     # Innermost first: a module takes what its children have not. What a block shares with the rest of the model
     # is left to the root, which finds it inside the block too.
     for block in sorted(blocks, key=lambda block: sum(1 for _ in block.modules())):
