@@ -7,15 +7,18 @@ import sys
 
 import psutil
 
-_process: psutil.Process | None = None
+_statm: tuple[int, int] | None = None
+"""This process, and its open /proc/self/statm: in a loop that empties the caches, psutil takes 0.1 ms to open it."""
 
 
 def resident_bytes() -> int:
-    """Main memory of this process that is in use now (about 10 microseconds)."""
-    global _process
-    if _process is None or _process.pid != os.getpid():  # a forked child asks for itself
-        _process = psutil.Process()
-    return int(_process.memory_info().rss)
+    """Main memory of this process that is in use now (about a microsecond)."""
+    global _statm
+    if sys.platform != "linux":
+        return int(psutil.Process().memory_info().rss)
+    if _statm is None or _statm[0] != os.getpid():  # a forked child asks for itself
+        _statm = os.getpid(), os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    return int(os.pread(_statm[1], 128, 0).split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def used_bytes(device: str = "cpu") -> int:
