@@ -108,10 +108,7 @@ def odd_rank(kind: str) -> str:
     with Mesh.from_env(Plan()) as mesh:
         torch.manual_seed(mesh.rank if kind == "seed" else 0)
         odd = mesh.rank == mesh.world_size - 1
-        if kind == "seed":
-            model = deferred(Model)
-        else:
-            model = Model(width=8 if kind == "shape" and odd else 6)
+        model = deferred(Model) if kind == "seed" else Model(width=8 if kind == "shape" and odd else 6)
         if odd and kind == "name":
             model.extra = nn.Linear(1, 1)
         if odd and kind == "frozen":

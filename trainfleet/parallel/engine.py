@@ -21,6 +21,7 @@ from trainfleet.errors import DataError, PlanError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.clip import gradient_norm, scale_gradients_
+from trainfleet.parallel.lockstep import Lockstep
 from trainfleet.parallel.loss_scale import LossScaler
 from trainfleet.parallel.offload import StateOffload
 from trainfleet.parallel.optimizers import TABLE, Standing, check_optimizer, shard_safe
@@ -95,6 +96,7 @@ class NativeEngine:
         self._forward = forward or call_with_batch
         self._seed = seed
         self._usage = Usage(model, self.spread.sharded)
+        self._lockstep = Lockstep(model, self.mesh.data_axes)
         self._scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
         self._norm: Tensor | None = None
         self._has_gradients = False
@@ -116,6 +118,7 @@ class NativeEngine:
         if not self.model.training:  # walking through all modules costs 0.1 ms
             self.model.train()
         self._usage.start()
+        self._lockstep.start()
         if self._has_gradients:  # no step took them: an error came between, or nobody wanted them
             self._clear_gradients()
         self._has_gradients = True
@@ -148,7 +151,8 @@ class NativeEngine:
                 if i == len(micro_batches) - 1:
                     message, work = self._begin_sum_over_ranks(sums)
         work.wait()
-        total, weight, *used = message.tolist()
+        total, weight, ways, squares, *used = message.tolist()
+        self._lockstep.check(ways, squares)
         self._usage.drop_unused(used)
         self._finish_gradients(weight, scale)
         return LossSum(total, weight)
@@ -158,6 +162,7 @@ class NativeEngine:
         if self.plan.precision != "fp32":
             output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
         loss = LossSum.of(self._loss_fn(output, batch))
+        self._lockstep.end_forward()
         if not isinstance(loss.total, Tensor) or loss.total.numel() != 1:
             shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
             raise DataError(f"The loss function returned {shape}; it must return a scalar tensor or a LossSum of one.")
@@ -175,9 +180,9 @@ class NativeEngine:
         return (first.item() or 1.0) * num_micro_batches * self.mesh.world_size / shares
 
     def _begin_sum_over_ranks(self, sums: Tensor) -> tuple[Tensor, Work]:
-        """[total, weight, how many ranks used each parameter], in one small exchange while gradients are under way."""
+        """[total, weight, two of lockstep, how many ranks used each parameter], while gradients are under way."""
         self.spread.average.send()  # on all ranks first, also on one whose backward reached nothing
-        message = torch.cat([sums, self._usage.bits(sums.device)])
+        message = torch.cat([sums, sums.new_tensor(self._lockstep.numbers()), self._usage.bits(sums.device)])
         return message, self.mesh.data_axes.all_reduce_(message)
 
     def _finish_gradients(self, weight: float, scale: float) -> None:
@@ -210,6 +215,7 @@ class NativeEngine:
             if not self._is_checked:
                 refuse_narrow_state(self.model.named_parameters(), self.optimizer)
                 self._is_checked = True
+                self._lockstep.asks = False
         self._clear_gradients()
         self.steps += 1
         return not overflow
