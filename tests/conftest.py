@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,22 @@ def logging_as_before() -> Iterator[None]:
     before = logger.level, logger.propagate, list(logger.handlers)
     yield
     logger.level, logger.propagate, logger.handlers = before
+
+
+NEEDS_TORCH = "parallel"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where torch is missing, what is torch throughout is left out, and the header says so."""
+    return True if collection_path.name == NEEDS_TORCH and not _has_torch() else None
+
+
+def pytest_report_header() -> str | None:
+    return None if _has_torch() else f"torch is not installed: tests/{NEEDS_TORCH} is left out, others skip in words"
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

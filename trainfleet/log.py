@@ -22,7 +22,7 @@ class _Lines(logging.Formatter):
         return f"{time} {self._rank}{level}{record.message}"
 
 
-class _ToStderr(logging.StreamHandler[TextIO]):
+class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # generic at run time since Python 3.11 only
     """Writes to what `sys.stderr` is at that moment: a live line on the console stands in for it, and prints above."""
 
     def __init__(self) -> None:
