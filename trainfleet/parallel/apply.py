@@ -117,6 +117,12 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         raise PlanError(f"This {name} is spread already; build a new one for another plan.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
+    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard}
+    if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes[axis] != degree]:
+        raise PlanError(
+            f"The plan wants {unlike[0]}={wanted[unlike[0]]}, but the mesh was made with {mesh.plan_axes[unlike[0]]}. "
+            "Make both from one plan: Mesh.from_env(plan)."
+        )
     for entry in plan.entry_points:
         if not callable(getattr(model, entry, None)):
             raise PlanError(f"plan.entry_points names {entry!r}, but {name} has no such method.")

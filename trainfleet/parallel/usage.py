@@ -36,8 +36,10 @@ class Usage:
             parameter.register_post_accumulate_grad_hook(self._note(i))  # type: ignore[no-untyped-call]
 
     def _note(self, i: int) -> Callable[[Tensor], None]:
+        used = self._used  # not self: it holds the parameters, and the model would never be freed
+
         def note(_: Tensor) -> None:
-            self._used[i] = True
+            used[i] = True
 
         return note
 
@@ -49,7 +51,7 @@ class Usage:
                 f"requires_grad of {changed[0]} has changed since the model was spread. Freeze and unfreeze before "
                 "`parallelize`; to change it later, save, build the model anew and restore."
             )
-        self._used = [False] * len(self.parameters)
+        self._used[:] = [False] * len(self.parameters)
 
     def watch(self) -> None:
         """After a forward: watch what it gathered for the first time, before its backward."""
