@@ -51,8 +51,7 @@ def test_the_file_is_durable_before_its_name_and_the_name_before_put_returns(tmp
     store = FileStore(root)
     store.put("f/first", b"")
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "rename", watched_replace)
-    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(Path, "replace", watched_replace)
     store.put("f/x", b"abc")
     assert [act for act, _ in acts] == ["fsync", "rename", "fsync"]
     assert "unfinished" in acts[0][1]

@@ -112,7 +112,7 @@ def _column(column: Any) -> Any:
     rows = array.to_pylist()
     is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     if is_list and (pa.types.is_integer(array.type.value_type) or pa.types.is_floating(array.type.value_type)):
-        dtype = array.type.value_type.to_pandas_dtype()
+        dtype = array.values.to_numpy(zero_copy_only=False).dtype if not array.values.null_count else None
         return [None if row is None else np.array(row, dtype) for row in rows]
     return rows
 
