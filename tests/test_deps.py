@@ -35,5 +35,5 @@ def test_a_version_is_told_without_importing(tmp_path, monkeypatch):
     (tmp_path / "explosive.py").write_text("raise SystemExit('imported')")
     assert installed("explosive") == "unknown"
     assert installed("yaml.reader") == metadata.version("PyYAML")
-    assert installed("dotenv") == metadata.version("python-dotenv")
+    assert installed("pydantic_core") == metadata.version("pydantic-core")
     assert installed("nowhere_to_be_found") is None
