@@ -10,6 +10,7 @@ RECIPE ?= recipes/gpt_stdlib.yaml
 STEPS ?=
 PLAN ?=
 FRESH ?=
+QUICK ?=
 TESTS ?=
 
 VENV := .venv
@@ -33,6 +34,7 @@ help: ## say what there is
 	@echo '  make train FRESH=1                         anew; the earlier run is moved aside'
 	@echo '  make train NPROC=4 RECIPE=my.yaml          more processes, another recipe'
 	@echo '  make test TESTS=tests/monitor              some of the tests'
+	@echo '  make bench QUICK=1                         only to see that the benchmarks run; tables in build/bench/'
 	@echo '  PYTHON=python3.12 make train               another interpreter for .venv'
 
 train: $(STAMP) ## train a small GPT on 2 processes; a second time it goes on where it was, see FRESH
@@ -53,8 +55,8 @@ check: $(STAMP) ## lint, format, types, the import contract and the layout of th
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest tests/test_layout.py
 
-bench: $(BENCH_STAMP) ## measure against the rivals; tables go to benchmarks/results/
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+bench: $(BENCH_STAMP) ## measure beside the rivals on an idle machine, 8 minutes; tables in benchmarks/results/
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" $(if $(QUICK),--quick --results build/bench); done
 
 clean: ## remove caches, builds and .venv; runs/ is yours and stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

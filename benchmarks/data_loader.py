@@ -1,6 +1,6 @@
 """Samples per second of LocalBatches and torch's DataLoader over the same source, interleaved in one run.
 
-    python benchmarks/data_loader.py [--seconds 2] [--rounds 3]
+    python benchmarks/data_loader.py [--quick]
 
 Three sources: `heavy` spends 2 ms of CPU on each sample, `large` makes batches of 16 MiB, `small` samples of
 a few numbers. Each loader is warm before it is timed. "loop" is the CPU time of the training process a batch:
@@ -10,15 +10,15 @@ what the loader takes from it. The first line of each source is LocalBatches aga
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring.table import RESULTS, Report, Table
 from torch.utils.data import DataLoader
 
 from trainfleet.data import LocalBatches, Sampler
@@ -86,34 +86,42 @@ def measure(stream: Iterator[Any], batch: int, seconds: float) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--quick", action="store_true", help="tenths of a second, only to see that it runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=3)
-    settings = parser.parse_args()
+    options = parser.parse_args()
+    if options.quick:
+        options.seconds, options.rounds = 0.05, 1
     torch.set_num_threads(1)
-    print(
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    report = Report(name="data_loader", summary=__doc__.split("\n\n")[2].replace("\n", " "))
+    report.add(
+        Table(
+            title=f"LocalBatches and torch's DataLoader, {options.rounds} rounds of {options.seconds} s",
+            columns=["source", "workers", "loader", "samples/s", "ratio", "loop, ms of CPU a batch"],
+            rows=[row for source in (Heavy(), Large(), Small()) for row in rows_of(source, options)],
+        )
     )
-    print("| source | workers | loader | samples/s | ratio | loop, ms of CPU a batch |")
-    print("|---|---|---|---|---|---|")
-    for source in (Heavy(), Large(), Small()):
-        for workers in (0, 2):
-            loaders = {"LocalBatches": ours, "LocalBatches again": ours, "DataLoader": torchs}
-            opened = {name: make(source, workers) for name, make in loaders.items()}
-            figures: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
-            for _ in range(settings.rounds):
-                for name, (stream, _) in opened.items():
-                    for _ in range(4):
-                        next(stream)
-                    figures[name].append(measure(stream, source.batch, settings.seconds))
-            for _, close in opened.values():
-                close()
-            base = statistics.median(rate for rate, _ in figures["LocalBatches"])
-            for name, rounds in figures.items():
-                rate, loop = (statistics.median(column) for column in zip(*rounds))
-                print(
-                    f"| {type(source).__name__.lower()} | {workers} | {name} "
-                    f"| {rate:,.0f} | {rate / base:.2f} | {loop:.2f} |"
-                )
+    report.write(options.results)
+
+
+def rows_of(source: Any, options: argparse.Namespace) -> Iterator[list[str | float | None]]:
+    for workers in (0, 2):
+        loaders = {"LocalBatches": ours, "LocalBatches again": ours, "DataLoader": torchs}
+        opened = {name: make(source, workers) for name, make in loaders.items()}
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
+        for _ in range(options.rounds):
+            for name, (stream, _) in opened.items():
+                for _ in range(4):
+                    next(stream)
+                figures[name].append(measure(stream, source.batch, options.seconds))
+        for _, close in opened.values():
+            close()
+        base = statistics.median(rate for rate, _ in figures["LocalBatches"])
+        for name, rounds in figures.items():
+            rate, loop = (statistics.median(column) for column in zip(*rounds))
+            row = [type(source).__name__.lower(), str(workers), name, f"{rate:,.0f}", f"{rate / base:.2f}"]
+            yield [*row, f"{loop:.2f}"]
 
 
 if __name__ == "__main__":

@@ -33,23 +33,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, one process, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--no-rivals", action="store_true", help="leave the launchers of others out")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     report = Report(name="startup", summary=__doc__.split("\n\n")[2].replace("\n", " "))
-    report.add(commands(rounds))
-    report.add(first_steps(rounds, (1,) if options.quick else (1, 2)))
+    report.add(commands(rounds, rivals=not options.no_rivals))
+    report.add(first_steps(rounds, (1,) if options.quick else (1, 2), rivals=not options.no_rivals))
     report.write(options.results)
 
 
-def commands(rounds: int) -> Table:
+def commands(rounds: int, *, rivals: bool) -> Table:
     timed: dict[str, Callable[[], float]] = {
         "python -c pass": lambda: seconds_of([sys.executable, "-c", "pass"]),
         "import trainfleet (the import alone)": seconds_of_import,
         "trainfleet --help": lambda: seconds_of([str(BIN / "trainfleet"), "--help"]),
-        "torchrun --help": lambda: seconds_of([str(BIN / "torchrun"), "--help"]),
     }
-    if version_of("accelerate"):
+    if rivals:
+        timed["torchrun --help"] = lambda: seconds_of([str(BIN / "torchrun"), "--help"])
+    if rivals and version_of("accelerate"):
         timed["accelerate --help"] = lambda: seconds_of([str(BIN / "accelerate"), "--help"])
     targets = {"import trainfleet (the import alone)": 0.1, "trainfleet --help": 0.4}
     rows = rows_of(take_turns(timed, rounds))
@@ -58,17 +60,18 @@ def commands(rounds: int) -> Table:
         columns=["command", "seconds", "95 % interval", "target"],
         rows=[[*row, f"under {targets[row[0]]} s" if row[0] in targets else None] for row in rows],
     )
-    if not version_of("accelerate"):
+    if rivals and not version_of("accelerate"):
         table.rows.append(["accelerate --help", "not installed", None, None])
     return table
 
 
-def first_steps(rounds: int, nprocs: tuple[int, ...]) -> Table:
+def first_steps(rounds: int, nprocs: tuple[int, ...], *, rivals: bool) -> Table:
     timed: dict[str, Callable[[], float]] = {}
     for nproc in nprocs:
         suffix = f", {nproc} process{'es' * (nproc > 1)}"
         timed["trainfleet train" + suffix] = lambda nproc=nproc: first_step_of_recipe(nproc)
-        timed["a plain script, torchrun" + suffix] = lambda nproc=nproc: first_step_of_script(nproc, torchrun=True)
+        if rivals:
+            timed["a plain script, torchrun" + suffix] = lambda nproc=nproc: first_step_of_script(nproc, torchrun=True)
         if nproc == 1:
             timed["a plain script, python" + suffix] = lambda: first_step_of_script(1, torchrun=False)
     return Table(
@@ -83,10 +86,10 @@ def first_steps(rounds: int, nprocs: tuple[int, ...]) -> Table:
 
 def take_turns(timed: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in timed}
-    for i in range(rounds + 1):
+    for i in range(rounds + 1 if rounds > 1 else 1):
         for name, measure in timed.items():
             seconds = measure()
-            if i or rounds == 1:  # the first round reads files into memory
+            if i or rounds == 1:  # the first round of several reads files into memory
                 found[name].append(seconds)
     return found
 

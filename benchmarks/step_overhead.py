@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--no-rivals", action="store_true", help="leave the libraries of others out")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="", help="only settings whose name contains this, such as tiny/2")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
@@ -57,6 +58,7 @@ def main() -> None:
         if any(name.endswith(f"/{nproc}") for name in names):
             only = options.only if options.only.endswith(f"/{nproc}") else f"{options.only}/{nproc}"
             arguments = ["--only", only, "--rounds", str(options.rounds), *["--quick"] * options.quick]
+            arguments += ["--no-rivals"] * options.no_rivals
             for answer in run_ranks(__file__, nproc, arguments):
                 report.add(table_of(answer))
     report.write(options.results)
@@ -104,28 +106,29 @@ def on_rank(names: Sequence[str], options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     with Mesh.from_env(device="cpu") as mesh:
-        found = [compare(name, quick=options.quick, rounds=options.rounds) for name in names]
+        found = [compare(name, options) for name in names]
         if mesh.is_main:
             options.answer.write_text(json.dumps(found))
         dist.barrier()
 
 
-def compare(name: str, *, quick: bool, rounds: int) -> dict[str, Any]:
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     from loops.setting import Setting
 
     from trainfleet import Mesh, Plan
 
     kind, nproc = name.split("/")
-    block = SETTINGS[name]["block"]
+    block, rounds = SETTINGS[name]["block"], options.rounds
     setting = Setting(**{key: value for key, value in SETTINGS[name].items() if key != "block"})
-    if quick:
+    if options.quick:
         setting = replace(setting, width=32, depth=2, samples=1, length=16)
         block, rounds = 4, 2
     plan = Plan(zero=2 if kind == "zero2" else 0)
     mesh = Mesh.from_env(plan, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         shared = Path(mesh.data_axes.exchange(folder)[0])
-        found = take_turns(setting, plan, mesh, shared, block=block, rounds=rounds)
+        makers, missing = loops_for(setting, plan.zero, rivals=not options.no_rivals)
+        found = take_turns(setting, makers, plan, mesh, shared, block=block, rounds=rounds)
         mesh.data_axes.barrier()
     parameters = sum(p.numel() for p in setting.build_model().parameters())
     found["title"] = (
@@ -133,6 +136,7 @@ def compare(name: str, *, quick: bool, rounds: int) -> dict[str, Any]:
         f"a GPT of {parameters:,} parameters, {setting.accumulation} x {setting.samples} x "
         f"{setting.length} bytes a step and process"
     )
+    found["missing"] = missing
     found["note"] = (
         f"{rounds} rounds of {block} steps; AdamW (fused), clipped to norm 1. Ours with lines, JSONL, TensorBoard and "
         f"a checkpoint every {block} steps. Losses: largest relative difference over all {found['steps']} steps."
@@ -140,20 +144,22 @@ def compare(name: str, *, quick: bool, rounds: int) -> dict[str, Any]:
     return found
 
 
-def loops_for(setting: Any, zero: int) -> tuple[dict[str, Callable[[Any], Any]], list[str]]:
+def loops_for(setting: Any, zero: int, *, rivals: bool) -> tuple[dict[str, Callable[[Any], Any]], list[str]]:
     """How each loop of others is made from a model; and the names of those that are not installed."""
     from loops.by_hand import ByHand, ByHandSharded
 
     if zero:
         by_hand: Any = partial(ByHandSharded, accumulation=setting.accumulation)
         makers: dict[str, Any] = {HAND: by_hand, AGAIN: by_hand}
-        rivals = {"deepspeed": "DeepSpeed stage 2"}
+        wanted = {"deepspeed": "DeepSpeed stage 2"}
     else:
-        makers, rivals = {HAND: ByHand, AGAIN: ByHand}, RIVALS
-    missing = [shown_name for package, shown_name in rivals.items() if version_of(package) is None]
-    for package, shown_name in rivals.items():
-        if shown_name not in missing:
-            makers[shown_name] = rival(package, setting, zero)
+        makers, wanted = {HAND: ByHand, AGAIN: ByHand}, RIVALS
+    if not rivals:
+        return makers, []
+    missing = [title for package, title in wanted.items() if version_of(package) is None]
+    for package, title in wanted.items():
+        if title not in missing:
+            makers[title] = rival(package, setting, zero)
     return makers, missing
 
 
@@ -171,12 +177,13 @@ def rival(package: str, setting: Any, zero: int) -> Any:
     return partial(InDeepSpeed, accumulation=setting.accumulation, stage=zero, samples=setting.samples)
 
 
-def take_turns(setting: Any, plan: Any, mesh: Any, folder: Path, *, block: int, rounds: int) -> dict[str, Any]:
+def take_turns(
+    setting: Any, makers: dict[str, Any], plan: Any, mesh: Any, folder: Path, *, block: int, rounds: int
+) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     from loops.ours import InTrainer, clocks, elapsed
 
-    makers, missing = loops_for(setting, plan.zero)
     ours = InTrainer(setting.build_model(), mesh, plan, folder, accumulation=setting.accumulation, save_every=block)
     loops = {name: make(setting.build_model()) for name, make in makers.items()}
     warm_up = block // 2  # so that ours saves in the middle of its blocks, and all of the save falls into them
@@ -214,7 +221,6 @@ def take_turns(setting: Any, plan: Any, mesh: Any, folder: Path, *, block: int, 
         "seconds": {name: [wall / block for wall, _ in blocks] for name, blocks in timings.items()},
         "cpu_seconds": {name: [cpu / block for _, cpu in blocks] for name, blocks in timings.items()},
         "losses": losses,
-        "missing": missing,
         "steps": len(losses[HAND]),
     }
 

@@ -35,14 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, two ranks only")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--no-rivals", action="store_true", help="leave the libraries of others out")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answer:
-        on_rank(options.quick, options.answer)
+        on_rank(options)
         return
     report = Report(name="zero_memory", summary=__doc__.split("\n\n", 2)[2].rstrip())
+    arguments = ["--quick"] * options.quick + ["--no-rivals"] * options.no_rivals
     for nproc in (2,) if options.quick else (2, 4):
-        report.add(table_of(run_ranks(__file__, nproc, ["--quick"] * options.quick), nproc))
+        report.add(table_of(run_ranks(__file__, nproc, arguments), nproc))
     report.write(options.results)
 
 
@@ -77,7 +79,7 @@ def _kib(size: int) -> str:
     return f"{size / 1024:,.0f}"
 
 
-def on_rank(quick: bool, answer: Path) -> None:
+def on_rank(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from loops.setting import Setting
@@ -86,9 +88,9 @@ def on_rank(quick: bool, answer: Path) -> None:
 
     torch.set_num_threads(1)
     # A width that 4 does not divide, so that shards are padded.
-    setting = Setting(width=42 if quick else 126, depth=4, samples=1, length=4, accumulation=2, heads=1)
+    setting = Setting(width=42 if options.quick else 126, depth=4, samples=1, length=4, accumulation=2, heads=1)
     with Mesh.from_env(device="cpu") as mesh:
-        makers, missing = loops_for(setting)
+        makers, missing = loops_for(setting, rivals=not options.no_rivals)
         found = []
         for stage, name, make in makers:
             found.append({"stage": stage, "loop": name, "moments": watch(setting, make, mesh.rank)})
@@ -100,17 +102,17 @@ def on_rank(quick: bool, answer: Path) -> None:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "formulas": {stage: formulas(model, stage, mesh.world_size) for stage in range(4)},
             }
-            answer.write_text(json.dumps(result))
+            options.answer.write_text(json.dumps(result))
         dist.barrier()
 
 
-def loops_for(setting: Any) -> tuple[list[tuple[int, str, Callable[[Any], Any]]], list[str]]:
+def loops_for(setting: Any, *, rivals: bool) -> tuple[list[tuple[int, str, Callable[[Any], Any]]], list[str]]:
     from loops.by_hand import ByHand, ByHandSharded
     from loops.ours import InEngine
 
     from trainfleet import Plan
 
-    missing = [] if version_of("deepspeed") else [DEEPSPEED]
+    missing = [] if version_of("deepspeed") or not rivals else [DEEPSPEED]
     makers: list[tuple[int, str, Any]] = [
         (0, OURS, partial(InEngine, plan=Plan(zero=0))),
         (0, "DDP by hand", ByHand),
@@ -118,7 +120,7 @@ def loops_for(setting: Any) -> tuple[list[tuple[int, str, Callable[[Any], Any]]]
     for stage in (1, 2, 3):
         makers.append((stage, OURS, partial(InEngine, plan=Plan(zero=stage))))
         makers.append((stage, "FSDP2 by hand", partial(ByHandSharded, stage=stage)))
-        if not missing:
+        if rivals and not missing:
             from loops.deepspeed import InDeepSpeed
 
             deepspeed = partial(InDeepSpeed, accumulation=setting.accumulation, stage=stage, samples=setting.samples)

@@ -1,0 +1,72 @@
+"""Each benchmark runs, and its tables say what they must; the figures themselves are of no interest here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="benchmarks train")
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+
+def tables(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, f"benchmarks/{script}.py", "--quick", "--results", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((folder / f"{script}.json").read_text())
+    assert {"date", "processor", "cores", "memory", "torch", "trainfleet"} <= answer["machine"].keys()
+    assert all(table["title"] in (folder / f"{script}.md").read_text() for table in answer["tables"])
+    return list(answer["tables"])
+
+
+@pytest.mark.cluster
+def test_every_loop_of_a_comparison_computes_the_same_losses(tmp_path: Path) -> None:
+    (table,) = tables("step_overhead", tmp_path, "--no-rivals", "--only", "tiny/1")
+    rows = {row[0]: row for row in table["rows"]}
+    assert rows.keys() == {"by hand", "by hand, again", "trainfleet"}
+    assert all(float(row[-1]) < 1e-5 for row in rows.values())
+
+
+@pytest.mark.cluster
+def test_every_stage_holds_what_the_formula_says(tmp_path: Path) -> None:
+    (table,) = tables("zero_memory", tmp_path, "--no-rivals")
+    assert "is within 3% of the formula" in table["notes"][0]
+    assert {row[0] for row in table["rows"]} == {"0", "1", "2", "3"}
+
+
+@pytest.mark.cluster
+def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -> None:
+    commands, first_steps = tables("startup", tmp_path, "--no-rivals")
+    assert [row[3] for row in commands["rows"] if row[0] == "trainfleet --help"] == ["under 0.4 s"]
+    assert all(float(row[1]) > 0 for row in [*commands["rows"], *first_steps["rows"]])
+
+
+def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:
+    (table,) = tables("data_loader", tmp_path)
+    assert {row[2] for row in table["rows"]} == {"LocalBatches", "LocalBatches again", "DataLoader"}
+
+
+def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
+    import step_overhead
+
+    same = {"by hand": [1.0, 2.0], "by hand, again": [1.0, 2.0], "trainfleet": [1.1, 2.2]}
+    answer = {"seconds": same, "cpu_seconds": same, "losses": same, "missing": ["Fabric"], "title": "", "note": ""}
+    rows = step_overhead.table_of(answer).rows
+    assert list(rows[-1][:2]) == ["Fabric", "not installed"]
+    assert rows[2][3] == pytest.approx(1.1)
+
+
+def test_the_interval_of_a_median_holds_it_and_is_always_the_same() -> None:
+    from measuring.rounds import interval
+
+    values = [1.0, 1.1, 0.9, 1.05, 0.95, 3.0]
+    low, high = interval(values)
+    assert 0.9 <= low < 1.025 < high <= 3.0
+    assert interval(values) == (low, high)
