@@ -16,6 +16,7 @@ padded), R what lies outside the blocks, and two micro-batches a step:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable
 from functools import partial
@@ -91,6 +92,7 @@ def on_rank(options: argparse.Namespace) -> None:
     setting = Setting(width=42 if options.quick else 126, depth=4, samples=1, length=4, accumulation=2, heads=1)
     with Mesh.from_env(device="cpu") as mesh:
         makers, missing = loops_for(setting, rivals=not options.no_rivals)
+        gc.freeze()  # what libraries brought is not walked through for every figure
         found = []
         for stage, name, make in makers:
             found.append({"stage": stage, "loop": name, "moments": watch(setting, make, mesh.rank)})
