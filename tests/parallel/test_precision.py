@@ -248,6 +248,18 @@ def test_trained_parameters_are_wide_and_frozen_ones_as_they_like() -> None:
     refuse_narrow_parameters(model.requires_grad_(False))
 
 
+class Asks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.caches = torch.is_autocast_cache_enabled()
+        return x
+
+
+def test_autocast_keeps_no_copy_of_every_weight_until_forward_ends() -> None:
+    model = cast_compute(nn.Sequential(nn.Linear(2, 2), Asks()), Plan(precision="bf16"), "cpu")
+    model(torch.ones(1, 2))
+    assert model[1].caches is False
+
+
 def test_only_narrow_floats_are_raised() -> None:
     given = {"x": torch.ones(1).half(), "n": [torch.ones(1, dtype=torch.int8), "text"], "d": torch.ones(1).double()}
     found = raise_to_float32(given)

@@ -66,7 +66,7 @@ def averaged(first_bucket_bytes: int, overlap: bool) -> list[str]:
             model = Branches()
             average = GradientAverage(list(model.parameters()), mesh.data_axes, overlap=overlap)
             if how == "after an error":
-                loss = loss_of(model, 0, 0)  # of all ranks alike, or what is on the wire could not be told apart
+                loss = loss_of(model, 1, 0)  # of all ranks alike, or what is on the wire could not be told apart
                 model.stem.weight.register_hook(fail_once())
                 with pytest.raises(ValueError, match="once"):
                     loss.backward()

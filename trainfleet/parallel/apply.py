@@ -16,6 +16,7 @@ from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
+from trainfleet.parallel.recast import recast
 from trainfleet.parallel.recompute import recompute, refuse_no_blocks
 from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
@@ -44,7 +45,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     take_equal_parameters(model, mesh.data_axes)
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
-    cast_compute(model, plan, torch.device(mesh.device).type)
+    device_type = torch.device(mesh.device).type
+    if plan.zero == 3 and plan.precision != "fp32" and plan.recompute == "none" and not plan.compile:
+        recast(model, device_type)
+    cast_compute(model, plan, device_type)
     if plan.recompute == "blocks":
         recompute(blocks)
     if plan.compile:

@@ -139,7 +139,7 @@ def watch_dtypes(model: nn.Module, plan: Plan, device_type: str) -> Iterator[lis
 
 
 def _is_product(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Linear | _ConvNd) or "forward" in vars(module):
+    if not isinstance(module, nn.Linear | _ConvNd):
         return False
     return type(module).forward in _PRODUCTS and module.weight.dtype == torch.float32
 

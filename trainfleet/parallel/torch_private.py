@@ -49,12 +49,10 @@ def forget_iteration(root: FSDPModule) -> None:
         return  # it has not run yet
     if hasattr(root, "reset_iter_state"):  # since torch 2.13
         root.reset_iter_state()
-    # It says that it discards these too, but does not.
     for each in _sharded_parameters(root):
-        each.unsharded_accumulated_grad = None
         each.sharded_param.grad = None
         if hasattr(each, "_unsharded_param"):
-            each._unsharded_param.grad = None
+            each._unsharded_param.grad = None  # torch says that it discards it too, but does not
 
 
 def with_local(array: DTensor, local: Tensor) -> DTensor:
