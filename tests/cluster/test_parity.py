@@ -23,6 +23,7 @@ from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.training.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
 
 STEPS = 20
+DEADLINE_SECONDS = 900.0  # for forty cells, on a machine that does other things too
 
 
 class Cell(NamedTuple):
@@ -97,7 +98,7 @@ def case_of(cell: Cell) -> Case:
     )
 
 
-def traces(cells: list[Cell], world_size: int) -> list[Trace]:
+def traces(cells: list[Cell]) -> list[Trace]:
     """On the ranks: what each cell computes."""
     found = []
     for cell in cells:
@@ -122,8 +123,8 @@ def compared(ranks: RankPools, cells: list[Cell]) -> Iterator[tuple[Cell, Any]]:
         size = cell_group[0].world_size
         same_work = {cell: cell._replace(zero=0, recompute="none") for cell in cell_group}
         distinct = sorted(set(same_work.values()))
-        references = dict(zip(distinct, ranks(1, reference_traces, distinct)[0]))
-        for cell, found in zip(cell_group, ranks(size, traces, cell_group, size)[0]):
+        references = dict(zip(distinct, ranks(1, reference_traces, distinct, deadline_seconds=DEADLINE_SECONDS)[0]))
+        for cell, found in zip(cell_group, ranks(size, traces, cell_group, deadline_seconds=DEADLINE_SECONDS)[0]):
             slack = CONCATENATED_SLACK if cell.model == "convolutional" and size > 1 else 1.0
             yield cell, compare(references[same_work[cell]], found, cell.precision, slack=slack)
 
