@@ -218,6 +218,18 @@ def test_what_the_plan_names_may_be_float32(ranks: RankPools) -> None:
     ranks(1, engine_step, "switched off", Plan(precision="bf16", float32_modules=("second",)))
 
 
+def one_layer(precision: str) -> bool:
+    with Mesh.from_env(Plan(precision=precision)) as mesh:
+        model = parallelize(nn.Linear(4, 2), mesh, Plan(precision=precision))
+        engine = NativeEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda y, batch: y.mean() / 100)
+        engine.forward_backward([torch.ones(2, 4)])
+        return engine.step()
+
+
+def test_a_model_that_is_one_layer_returns_float32(ranks: RankPools) -> None:
+    assert [ranks(1, one_layer, precision) for precision in LOW] == [[True], [True]]
+
+
 class NarrowMomentum(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:

@@ -126,7 +126,7 @@ def watch_dtypes(model: nn.Module, plan: Plan, device_type: str) -> Iterator[lis
         if module is not model and plan.compile:
             continue  # hooks would have it compiled again
         wanted = torch.float32
-        if module not in inside and _is_product(module):
+        if module is not model and module not in inside and _is_product(module):
             wanted = DTYPES[plan.precision]
         elif name not in raised and module is not model:
             continue
