@@ -19,7 +19,7 @@ from models import MODELS  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
-from trainfleet.plan import Plan  # noqa: E402
+from trainfleet.plan import LossScale, Plan  # noqa: E402
 from trainfleet.training.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
 
 STEPS = 20
@@ -85,6 +85,15 @@ def adamw(model: Any) -> Any:
     return torch.optim.AdamW(model.parameters(), lr=5e-3)
 
 
+def plan_of(cell: Cell) -> Plan:
+    """With a loss scale at which nothing overflows where one process takes the batches of all ranks as one.
+
+    It sums their fp16 gradients before they leave fp16, the ranks after: at the largest scale only the former overflows.
+    """
+    scale = LossScale(initial=1024.0) if cell.model == "convolutional" else LossScale()
+    return Plan(zero=cell.zero, precision=cell.precision, recompute=cell.recompute, loss_scale=scale)
+
+
 def case_of(cell: Cell) -> Case:
     return Case(
         build=functools.partial(build, cell.model),
@@ -102,7 +111,7 @@ def traces(cells: list[Cell]) -> list[Trace]:
     """On the ranks: what each cell computes."""
     found = []
     for cell in cells:
-        plan = Plan(zero=cell.zero, precision=cell.precision, recompute=cell.recompute)
+        plan = plan_of(cell)
         with Mesh.from_env(plan) as mesh:
             found.append(trace(case_of(cell), plan, mesh))
     return found if torch.distributed.get_rank() == 0 else []
@@ -112,7 +121,7 @@ def reference_traces(cells: list[Cell]) -> list[Trace]:
     """On one rank: the same work of one process, without sharding or recomputation."""
     found = []
     for cell in cells:
-        plan = Plan(precision=cell.precision)
+        plan = plan_of(cell._replace(zero=0, recompute="none"))
         with Mesh.from_env(plan) as mesh:
             found.append(trace(reference_case(case_of(cell), cell.world_size)[0], plan, mesh))
     return found
