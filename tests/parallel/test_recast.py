@@ -22,7 +22,7 @@ from trainfleet.plan import Plan
 
 
 class Casts(TorchDispatchMode):
-    """Sees every tensor cast to bfloat16; knows which still have their memory."""
+    """Sees every tensor cast to low precision; knows which still have their memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and output.dtype == torch.bfloat16:
+        if function is torch.ops.aten._to_copy.default and output.dtype in (torch.bfloat16, torch.float16):
             self._seen.append((weakref.ref(output), tuple(output.shape)))
         return output
 
@@ -86,8 +86,9 @@ def steps(plan: Plan) -> list[Tensor]:
         model = parallelize(case.build(0), mesh, plan)
         engine = NativeEngine(model, torch.optim.AdamW(model.parameters(), lr=1e-2), case.loss_fn)
         with Casts() as casts:
-            model(case.micro_batch(0, 0)["input"])
+            output = model(case.micro_batch(0, 0)["input"])
         assert (32, 16) not in casts.alive(), "the widest matrix of a block"
+        del output
         for step in range(3):
             engine.forward_backward([case.micro_batch(0, 4 * step + mesh.rank + i) for i in (0, 2)])
             engine.step()
