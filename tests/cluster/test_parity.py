@@ -88,7 +88,7 @@ def adamw(model: Any) -> Any:
 def plan_of(cell: Cell) -> Plan:
     """With a loss scale at which nothing overflows where one process takes the batches of all ranks as one.
 
-    It sums their fp16 gradients before they leave fp16, the ranks after: at the largest scale only the former overflows.
+    It sums their gradients in fp16, the ranks sum theirs in float32: at the largest scale only the former overflows.
     """
     scale = LossScale(initial=1024.0) if cell.model == "convolutional" else LossScale()
     return Plan(zero=cell.zero, precision=cell.precision, recompute=cell.recompute, loss_scale=scale)
