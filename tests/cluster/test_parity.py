@@ -134,7 +134,7 @@ def compared(ranks: RankPools, cells: list[Cell]) -> Iterator[tuple[Cell, Any]]:
         distinct = sorted(set(same_work.values()))
         references = dict(zip(distinct, ranks(1, reference_traces, distinct, deadline_seconds=DEADLINE_SECONDS)[0]))
         for cell, found in zip(cell_group, ranks(size, traces, cell_group, deadline_seconds=DEADLINE_SECONDS)[0]):
-            slack = CONCATENATED_SLACK if cell.model == "convolutional" and size > 1 else 1.0
+            slack = CONCATENATED_SLACK[cell.precision] if cell.model == "convolutional" and size > 1 else 1.0
             yield cell, compare(references[same_work[cell]], found, cell.precision, slack=slack)
 
 

@@ -92,9 +92,10 @@ class Verdict:
         )
 
 
-CONCATENATED_SLACK = 4.0
+CONCATENATED_SLACK = {"fp32": 4.0, "bf16": 4.0, "fp16": 8.0}
 """Where one process takes the micro-batches of all ranks as one, it rounds the gradient of their sum once, and the
-ranks round each of theirs; Adam then makes steps of full size out of what differs in small gradients."""
+ranks round each of theirs; Adam then makes steps of full size out of what differs in small gradients. In fp16 a bias
+near zero was seen to be off by 2 % after 20 steps, the same at every ZeRO stage."""
 
 
 def verify(case: Case, plan: Plan, nproc: int) -> Verdict:
@@ -114,7 +115,9 @@ def verify(case: Case, plan: Plan, nproc: int) -> Verdict:
     found = launch(_trace_rank, nproc, (case, plan))[0]
     if found is None:
         raise RankFailed("Rank 0 returned no trace to compare.")
-    return compare(reference, found, plan.precision, slack=CONCATENATED_SLACK if remarks else 1.0, remarks=remarks)
+    return compare(
+        reference, found, plan.precision, slack=CONCATENATED_SLACK[plan.precision] if remarks else 1.0, remarks=remarks
+    )
 
 
 def _trace_rank(case: Case, plan: Plan) -> Trace | None:
