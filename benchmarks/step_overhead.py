@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     "tiny/1": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
     "small/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 20},
     "tiny/2": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
-    "zero2/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "accumulation": 2, "block": 10},
+    "zero2/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "accumulation": 2, "block": 30},
 }
 """By name and number of processes. The small one is that of `make train`."""
 RIVALS = {"lightning-fabric": "Fabric", "accelerate": "Accelerate", "deepspeed": "DeepSpeed stage 0"}
