@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from trainfleet.parallel.cut import piece_like
+from trainfleet.parallel.torch_private import adjusted_muon_rate, orthogonalise
 
 
 class GatheredMuon(torch.optim.Muon):
@@ -20,9 +21,6 @@ class GatheredMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        # What torch gives no public name; remove when torch's own Muon is right on DTensors.
-        from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
-
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -39,8 +37,8 @@ class GatheredMuon(torch.optim.Muon):
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
-                update = _zeropower_via_newtonschulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                adjusted = _adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
+                update = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                adjusted = adjusted_muon_rate(rate, group["adjust_lr_fn"], parameter.shape)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 local.mul_(1 - rate * group["weight_decay"]).add_(piece_like(update, parameter), alpha=-adjusted)
         return loss

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfleet.errors import PlanError
 from trainfleet.parallel.recording import FILLS, OVERWRITES, Constant, Op, Recording, Rewind, Storage, View, run_steps
+from trainfleet.parallel.torch_private import outside_modes
 
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -296,7 +297,7 @@ class Disguise(TorchFunctionMode):
             args, kwargs = _without_device(args, kwargs)
             return func(*args, **kwargs) if len(args) > 1 or kwargs.keys() - {"non_blocking"} else subject
         if func in _READERS:
-            with _disable_current_modes():
+            with outside_modes():
                 result = func(self._recorder.value(subject, func.__name__), *args[1:], **kwargs)
             if hasattr(result, "setflags"):
                 result.setflags(write=False)  # writing into it would not reach the tensor

@@ -11,6 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim._muon import _adjust_lr as adjusted_muon_rate
+from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalise
+from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+
+__all__ = [
+    "adjusted_muon_rate",
+    "forget_iteration",
+    "gathered_parameters",
+    "offsets_in_whole",
+    "orthogonalise",
+    "outside_modes",
+    "reduce_unused_gradients",
+    "with_local",
+]
 
 
 def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
