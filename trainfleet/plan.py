@@ -64,7 +64,8 @@ class Plan:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lives in CPU memory between uses: the optimizer state, or the parameters (with zero = 3) and it."""
     blocks: tuple[str, ...] = ()
-    """Names or class names of the modules sharded and recomputed as units. Empty: repeated children, found."""
+    """Names or class names of the modules sharded and recomputed as units. Empty: repeated children, found; with `zero`
+    1 or 2 a model of up to 25 MiB is then sharded as one unit."""
     entry_points: tuple[str, ...] = ()
     """Methods of the model besides `forward` that run its parameters, such as `generate`."""
     sync_batch_stats: bool = True

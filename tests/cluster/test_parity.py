@@ -19,6 +19,7 @@ from models import MODELS  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
+from trainfleet.parallel.blocks import find_blocks  # noqa: E402
 from trainfleet.plan import LossScale, Plan  # noqa: E402
 from trainfleet.training.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
 
@@ -91,7 +92,16 @@ def plan_of(cell: Cell) -> Plan:
     It sums their gradients in fp16, the ranks sum theirs in float32: at the largest scale only the former overflows.
     """
     scale = LossScale(initial=1024.0) if cell.model == "convolutional" else LossScale()
-    return Plan(zero=cell.zero, precision=cell.precision, recompute=cell.recompute, loss_scale=scale)
+    # Small models are one unit in stages 1 and 2 unless blocks are named; both ways are held.
+    blocks = block_names(cell.model) if cell.zero in (1, 2) and cell.accumulation > 1 else ()
+    return Plan(zero=cell.zero, precision=cell.precision, recompute=cell.recompute, loss_scale=scale, blocks=blocks)
+
+
+@functools.cache
+def block_names(model: str) -> tuple[str, ...]:
+    built = build(model)
+    blocks = find_blocks(built)
+    return tuple(name for name, module in built.named_modules() if module in blocks)
 
 
 def case_of(cell: Cell) -> Case:

@@ -15,6 +15,7 @@ from trainfleet.parallel import NativeEngine, parallelize
 from trainfleet.plan import Plan
 
 SAME = [0, 1, 2]
+SHARDED = [Plan(zero=1, blocks=("towers.*",)), Plan(zero=3)]
 
 
 class Towers(nn.Module):
@@ -63,19 +64,20 @@ def ways(plan: Plan, steps: list[list[list[int]]]) -> list[str]:
 def test_the_first_step_says_where_ways_part_before_anybody_waits(
     ranks: RankPools, other: list[int], message: str
 ) -> None:
-    for zero in (1, 3):
-        first, second = ranks(2, ways, Plan(zero=zero), [[SAME, other], [SAME, SAME]])
+    for plan in SHARDED:
+        first, second = ranks(2, ways, plan, [[SAME, other], [SAME, SAME]])
         assert first == second and message in first[0] and "plan.zero=0" in first[0]
         assert first[1] == "", "the next step is whole again"
 
 
 def test_later_steps_compare_the_ways(ranks: RankPools) -> None:
     """As many gathers of equal shapes, but of other blocks: nobody waits, and all numbers are wrong."""
-    for zero in (1, 3):
-        first, second = ranks(2, ways, Plan(zero=zero), [[SAME, SAME], [SAME, [0, 2, 1]]])
+    for plan in SHARDED:
+        first, second = ranks(2, ways, plan, [[SAME, SAME], [SAME, [0, 2, 1]]])
         assert first == second and first[0] == "" and "in this step they did not" in first[1]
 
 
-def test_replicas_may_go_their_own_ways(ranks: RankPools) -> None:
-    assert ranks(2, ways, Plan(), [[SAME, [0]], [[], [1, 2]]][:1]) == [[""], [""]]
+def test_replicas_and_models_of_one_unit_may_go_their_own_ways(ranks: RankPools) -> None:
+    for zero in (0, 1, 2):
+        assert ranks(2, ways, Plan(zero=zero), [[SAME, [0]], [[2, 1], [0]]]) == [["", ""], ["", ""]]
     assert ranks(1, ways, Plan(zero=3), [[[0]], [[2, 1]]]) == [["", ""]]

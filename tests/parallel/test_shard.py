@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.parallel.blocks import find_blocks
-from trainfleet.parallel.shard import shared_parameters, unshardable_parameters
+from trainfleet.parallel.shard import shared_parameters, units_of, unshardable_parameters
 from trainfleet.plan import Plan
 from trainfleet.training.verify import Case
 
@@ -195,7 +195,24 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_compute_what_one_process_computes(ranks: RankPools, name: str) -> None:
     make, plans = MODELS[name]
-    hold_against_one_process(ranks, 2, case_of(make), plans)
+    # As small models they are one unit in stages 1 and 2 unless blocks are named.
+    by_block = [replace(plan, blocks=found_in(make)) for plan in plans if plan.zero in (1, 2) and not plan.blocks]
+    hold_against_one_process(ranks, 2, case_of(make), [*plans, *(by_block if found_in(make) else ())])
+
+
+def found_in(make: Callable[[], nn.Module]) -> tuple[str, ...]:
+    model = make()
+    blocks = find_blocks(model)
+    return tuple(name for name, module in model.named_modules() if module in blocks)
+
+
+def test_blocks_are_units_where_they_are_named_where_parameters_leave_and_in_large_models() -> None:
+    model, large = nn.Sequential(Block(), Block()), nn.Sequential(*(nn.Sequential(nn.Linear(2000, 2000)) for _ in "ab"))
+    blocks = find_blocks(model)
+    assert len(blocks) == 2 and not units_of(model, blocks, Plan(zero=2))
+    assert units_of(model, blocks, Plan(zero=3)) == blocks
+    assert units_of(model, blocks, Plan(zero=2, blocks=("Block",))) == blocks
+    assert units_of(large, find_blocks(large), Plan(zero=1)) == list(large)
 
 
 @pytest.mark.parametrize("make", [Tied, Nested, Partly])

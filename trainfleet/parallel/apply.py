@@ -20,7 +20,7 @@ from trainfleet.parallel.recast import recast
 from trainfleet.parallel.recompute import recompute, refuse_no_blocks
 from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
-from trainfleet.parallel.shard import shard
+from trainfleet.parallel.shard import shard, units_of
 from trainfleet.parallel.spread import Spread, attach, is_spread, whole_parameters
 from trainfleet.plan import Plan
 
@@ -54,7 +54,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
-    sharded = shard(model, blocks, mesh.torch, plan) if plan.zero else None
+    sharded = shard(model, units_of(model, blocks, plan), mesh.torch, plan) if plan.zero else None
     if waits:
         materialize(model, mesh.device, shards_on="cpu" if plan.offload == "parameters" else None)
     average = GradientAverage(whole_parameters(model), mesh.data_axes, overlap=sharded is None)
