@@ -17,7 +17,7 @@ class Stateful(Protocol):
     """Anything whose state can be taken and put back.
 
     The state is a nested mapping whose leaves are `ShardedArray`, `PerRank`, NumPy arrays, torch tensors,
-    strings, bytes, numbers, booleans and None. `load_state_dict` gets a state of the same structure.
+    strings, bytes, numbers, booleans, None and `Setting`s. `load_state_dict` gets a state of the same structure.
     Leaves that are neither sharded nor per rank are the same on every rank: that of rank 0 stands for all.
     """
 
@@ -75,6 +75,17 @@ class PerRank:
 
     value: Any
     """A leaf, or a nesting of leaves, but no `ShardedArray`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A part of a state that decides what the numbers mean, such as a precision.
+
+    Where the stored one differs from the live one, a restore is refused unless `cast` allows it; then the live one
+    stands. A state is given its live setting back.
+    """
+
+    value: str | int | float | bool | None
 
 
 def is_tensor(value: Any) -> bool:

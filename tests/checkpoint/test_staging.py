@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trainfleet.checkpoint.memory import StagingMemory
 from trainfleet.checkpoint.regions import Region
-from trainfleet.checkpoint.staging import StagingMemory, stage
+from trainfleet.checkpoint.staging import stage
 from trainfleet.errors import CheckpointError
 from trainfleet.state import PerRank, ShardedArray
 
@@ -26,7 +27,7 @@ def piece(replica=0, length=3):
 
 
 def staged(rank, **value):
-    return stage({"m": Held(**value)}, StagingMemory(), rank=rank)
+    return stage({"m": Held(**value)}, StagingMemory(shared=False), rank=rank)
 
 
 def test_rank_0_stages_what_is_whole_and_others_say_what_they_leave_to_it():
@@ -61,7 +62,7 @@ def test_what_is_staged_does_not_follow_the_array():
 
 
 def test_the_memory_is_taken_once():
-    memory = StagingMemory()
+    memory = StagingMemory(shared=False)
     statefuls = {"m": Held(a=np.ones(100), b=np.ones(3, np.int8))}
     first = stage(statefuls, memory, rank=0)
     size = memory.num_bytes

@@ -195,13 +195,13 @@ def scaled() -> list[Any]:
         again = Run(mesh, plan, "adamw", "unused")
         for name, state in again.states().items():
             state.load_state_dict(states[name])
-        return [outcomes, run.engine.loss_scale, again.engine.loss_scale, again.states()["loss_scale"].state_dict()]
+        return [outcomes, run.engine.loss_scale, again.engine.loss_scale, again.states()["engine"].state_dict()]
 
 
 def test_the_scale_of_fp16_is_kept(ranks: RankPools) -> None:
     outcomes, scale, again, state = ranks(1, scaled)[0]
     assert False in outcomes, "the run began with an overflow"
-    assert scale == again < 2.0**20 and state["scale"] == scale
+    assert scale == again < 2.0**20 and state["loss_scale"]["scale"] == scale
 
 
 def disturbed(zero: int) -> bool:

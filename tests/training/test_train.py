@@ -20,6 +20,7 @@ def test_every_flat_name_sets_its_key() -> None:
         "save_dir": "runs/x",
         "learning_rate": 0.5,
         "gradient_clipping": 0.5,
+        "auto_resume": "never",
     }
     for name, key in FLAT_NAMES.items():
         recipe = load_config(Recipe, values=recipe_values({name: values.get(name, 1)}), env={}).value
@@ -29,10 +30,15 @@ def test_every_flat_name_sets_its_key() -> None:
         assert found == (name if name in ("fp16", "bf16") else values.get(name, 1)), name
 
 
+def test_auto_resume_is_a_choice_of_two() -> None:
+    assert recipe_values({"auto_resume": True}) == {"checkpoint": {"resume": "auto"}}
+    assert recipe_values({"auto_resume": False}) == {"checkpoint": {"resume": "never"}}
+
+
 def test_the_names_of_the_issue_are_all_there() -> None:
     known = {
         "batch_size", "learning_rate", "zero_stage", "fp16", "gradient_accumulation_steps", "gradient_clipping",
-        "save_dir", "save_interval", "keep_checkpoints", "log_interval",
+        "save_dir", "save_interval", "keep_checkpoints", "log_interval", "auto_resume", "max_retries",
     }  # fmt: skip
     assert known <= set(FLAT_NAMES)
 

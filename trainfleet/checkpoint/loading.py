@@ -17,12 +17,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trainfleet.checkpoint.arrays import Bytes, as_words, dtype_of, fill, is_array, make, num_bytes, shape_of
+from trainfleet.checkpoint.floats import FLOATS, recast
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.checkpoint.shard import DataFile, Index, StoredPiece
 from trainfleet.checkpoint.tree import StoredArray, decode, join, merged, stored_arrays
 from trainfleet.errors import CheckpointError, StoreError
-from trainfleet.state import PerRank, ShardedArray, Stateful
+from trainfleet.state import PerRank, Setting, ShardedArray, Stateful
 from trainfleet.store import Store
 
 Finish: TypeAlias = Callable[[], Any]
@@ -68,14 +69,16 @@ class Loading:
     def __init__(self, indexes: list[Index], rank: int) -> None:
         self._indexes = indexes
         self._rank = rank
+        self._cast = False
         self._targets: dict[tuple[str, bool], list[Target]] = {}  # by path, and whether it is the rank's own
         self._finish: dict[str, Finish] = {}
         self.misfits = Misfits()
 
     # plan
 
-    def plan(self, templates: Mapping[str, Mapping[str, Any]], *, partial: bool) -> None:
-        """Find a place for everything; what has none is in `misfits`."""
+    def plan(self, templates: Mapping[str, Mapping[str, Any]], *, partial: bool, cast: bool = False) -> None:
+        """Find a place for everything; what has none is in `misfits`. `cast` lets floats be of another dtype."""
+        self._cast = cast
         stored: dict[str, Any] = {}
         for index in self._indexes:
             stored = merged(stored, {name: decode(state, name) for name, state in index.state.items()})
@@ -93,6 +96,8 @@ class Loading:
     def _plan(self, template: Any, stored: Any, own: Any, path: str, *, top: bool = False) -> Finish:
         if isinstance(template, PerRank) or isinstance(stored, PerRank):
             return self._plan_per_rank(template, stored, own, path)
+        if isinstance(template, Setting):
+            return self._plan_setting(template, stored, path)
         if isinstance(template, ShardedArray) or is_array(template):
             return self._plan_array(template, stored, path, per_rank=False)
         if isinstance(template, Mapping) and template and isinstance(stored, Mapping):
@@ -147,6 +152,15 @@ class Loading:
                     parts[key] = self._plan_anew(value, _at(own, key), below, per_rank=False)
         return lambda: _finished(parts)
 
+    def _plan_setting(self, template: Setting, stored: Any, path: str) -> Finish:
+        there = stored.value if isinstance(stored, Setting) else stored
+        if there != template.value and not self._cast:
+            self.misfits.wrong.append(
+                f"{path} is {there!r} in the checkpoint and {template.value!r} here; to go on all the same, allow it "
+                "with cast=True (checkpoint.cast=true in a recipe)"
+            )
+        return lambda: template
+
     def _plan_array(self, template: Any, stored: Any, path: str, *, per_rank: bool) -> Finish:
         local = template.local if isinstance(template, ShardedArray) else template
         if not isinstance(stored, StoredArray):
@@ -155,15 +169,25 @@ class Loading:
         shape = template.global_shape if isinstance(template, ShardedArray) else shape_of(template)
         offsets = template.offsets if isinstance(template, ShardedArray) else (0,) * len(shape)
         dtype = dtype_of(local, path)
-        for what, there, here in (("shape", stored.shape, tuple(shape)), ("dtype", stored.dtype, dtype)):
-            if there != here:
-                self.misfits.wrong.append(f"{path} has {what} {there} in the checkpoint and {here} here")
-        if stored.dtype != dtype or stored.shape != tuple(shape):
+        fits = True
+        if stored.shape != tuple(shape):
+            self.misfits.wrong.append(f"{path} has shape {stored.shape} in the checkpoint and {tuple(shape)} here")
+            fits = False
+        both_float = stored.dtype in FLOATS and dtype in FLOATS
+        if stored.dtype != dtype and not (self._cast and both_float):
+            remedy = "; to have it rounded, allow it with cast=True (checkpoint.cast=true in a recipe)" * both_float
+            self.misfits.wrong.append(f"{path} has dtype {stored.dtype} in the checkpoint and {dtype} here{remedy}")
+            fits = False
+        if not fits:
             return lambda: template
-        target = self._want(path, dtype, Region(tuple(offsets), shape_of(local)), per_rank)
+        target = self._want(path, stored.dtype, Region(tuple(offsets), shape_of(local)), per_rank)
+
+        def filled() -> Any:
+            return fill(local, recast(target.data, stored.dtype, dtype))
+
         if isinstance(template, ShardedArray):
-            return lambda: dataclasses.replace(template, local=fill(local, target.data))
-        return lambda: fill(local, target.data)
+            return lambda: dataclasses.replace(template, local=filled())
+        return filled
 
     def _plan_anew(self, stored: Any, own: Any, path: str, *, per_rank: bool) -> Finish:
         """A value for which the template has nothing yet: as it was stored, with new arrays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +14,7 @@ from trainfleet.checkpoint.names import FAILED, INDEX, MANIFEST, Attempt, folder
 from trainfleet.checkpoint.regions import first_overlap, tiles
 from trainfleet.checkpoint.sealed import Damaged, digest_of, seal, unseal
 from trainfleet.checkpoint.shard import FORMAT, Index, StoredPiece, read_index
-from trainfleet.checkpoint.tree import Json, StoredArray, decode, stored_arrays
+from trainfleet.checkpoint.tree import Json, StoredArray, decode, encode, stored_arrays
 from trainfleet.errors import CheckpointError, NotStored, StoreError
 from trainfleet.store import Store
 
@@ -24,8 +24,8 @@ _POLL_SECONDS = (0.01, 0.5)  # first pause between two looks for the shards, and
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexFile:
-    """What the manifest says of one rank's index; the index says the rest."""
+class ListedFile:
+    """A file that the manifest accounts for: the index of a rank, which says the rest, or a further file."""
 
     name: str
     num_bytes: int
@@ -40,9 +40,15 @@ class Manifest:
     order: int
     """The how manyeth checkpoint of this store it is. Clocks may go backwards and steps be taken again; this rises."""
     attempt: Attempt
-    indexes: tuple[IndexFile, ...]
+    indexes: tuple[ListedFile, ...]
     """By rank."""
+    files: tuple[ListedFile, ...]
+    """Further files of the checkpoint: an export, what a save function wrote."""
     metadata: Json
+    metrics: Mapping[str, float]
+    """What was measured at this step, for the retention and for people."""
+    saved_at: float
+    """Seconds since 1970 by the clock of rank 0, which may be wrong; nothing depends on it."""
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
@@ -53,11 +59,11 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "run": manifest.attempt.run,
         "save": manifest.attempt.number,
         "world_size": manifest.attempt.world_size,
-        "indexes": [
-            {"name": file.name.partition("/")[2], "bytes": file.num_bytes, "digest": file.digest}
-            for file in manifest.indexes
-        ],
+        "indexes": [_listed(file) for file in manifest.indexes],
+        "files": [_listed(file) for file in manifest.files],
         "metadata": manifest.metadata,
+        "metrics": encode(dict(manifest.metrics), "metrics", _refuse_array),
+        "saved_at": manifest.saved_at,
     }
     store.put(manifest_of(manifest.step), seal("manifest", body))
 
@@ -78,11 +84,31 @@ def read_manifest(store: Store, step: int) -> Manifest:
         raise Damaged(f"{name}: is the manifest of step {body['step']}")
     attempt = Attempt(step=step, run=body["run"], number=body["save"], world_size=body["world_size"])
     folder = folder_of(step)
-    indexes = tuple(
-        IndexFile(name=f"{folder}/{file['name']}", num_bytes=file["bytes"], digest=file["digest"])
-        for file in body["indexes"]
+    indexes, files = (
+        tuple(
+            ListedFile(name=f"{folder}/{file['name']}", num_bytes=file["bytes"], digest=file["digest"])
+            for file in body.get(kind, ())
+        )
+        for kind in ("indexes", "files")
     )
-    return Manifest(step=step, order=body["order"], attempt=attempt, indexes=indexes, metadata=body["metadata"])
+    return Manifest(
+        step=step,
+        order=body["order"],
+        attempt=attempt,
+        indexes=indexes,
+        files=files,
+        metadata=body["metadata"],
+        metrics=decode(body.get("metrics", {}), "metrics"),
+        saved_at=body.get("saved_at", 0.0),
+    )
+
+
+def _listed(file: ListedFile) -> Json:
+    return {"name": file.name.partition("/")[2], "bytes": file.num_bytes, "digest": file.digest}
+
+
+def _refuse_array(array: Any) -> None:
+    raise CheckpointError(f"{array.path} is an array; metrics are numbers.")
 
 
 def read_indexes(store: Store, manifest: Manifest) -> list[Index]:
@@ -108,9 +134,18 @@ def read_indexes(store: Store, manifest: Manifest) -> list[Index]:
     return indexes
 
 
-def publish(store: Store, attempt: Attempt, metadata: Mapping[str, Any], timeout: timedelta) -> Manifest:
+def publish(
+    store: Store,
+    attempt: Attempt,
+    metadata: Mapping[str, Any],
+    timeout: timedelta,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    add_files: Callable[[list[Index]], list[ListedFile]] = lambda indexes: [],
+) -> Manifest:
     """Wait until every rank's shard is stored, check that they make a whole, and store the manifest.
 
+    `add_files` stores further files, which are made of the shards and listed beside them.
     CheckpointError if a rank failed or is late, or the pieces leave a hole; then there is no manifest.
     """
     _wait_for_shards(store, attempt, timeout)
@@ -118,11 +153,21 @@ def publish(store: Store, attempt: Attempt, metadata: Mapping[str, Any], timeout
     for rank in range(attempt.world_size):
         name = attempt.stem(rank) + INDEX
         data = store.get(name)
-        files.append(IndexFile(name=name, num_bytes=len(data), digest=digest_of(data)))
+        files.append(ListedFile(name=name, num_bytes=len(data), digest=digest_of(data)))
         indexes.append(read_index(data, name, attempt.folder))
     check_whole(indexes)
+    further = add_files(indexes)
     order = 1 + max((manifest.order for manifest in readable_manifests(store)), default=0)
-    manifest = Manifest(step=attempt.step, order=order, attempt=attempt, indexes=tuple(files), metadata=dict(metadata))
+    manifest = Manifest(
+        step=attempt.step,
+        order=order,
+        attempt=attempt,
+        indexes=tuple(files),
+        files=tuple(further),
+        metadata=dict(metadata),
+        metrics=dict(metrics or {}),
+        saved_at=time.time(),
+    )
     write_manifest(store, manifest)
     return manifest
 

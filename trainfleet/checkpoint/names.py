@@ -4,6 +4,7 @@
         5f3a9c01d2e4.7-00001-of-00004.safetensors    the array bytes of rank 1
         5f3a9c01d2e4.7-00001-of-00004.json           its index: what they are, and the rest of its state
         5f3a9c01d2e4.7-00001-of-00004.failed         instead of both: why rank 1 could not store them
+        5f3a9c01d2e4.7-with-model.safetensors        a further file of the checkpoint, such as an export
         manifest.json                                written last; without it there is no checkpoint
 
 `5f3a9c01d2e4` is drawn once a run, `7` counts its saves: no two attempts at a step share a file name.
@@ -18,7 +19,9 @@ MANIFEST = "manifest.json"
 DATA, INDEX, FAILED = ".safetensors", ".json", ".failed"
 
 _FOLDER = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"([0-9a-f]{12})\.(\d+)-(\d{5,})-of-(\d{5,})(\.safetensors|\.json|\.failed)")
+_FILE = re.compile(
+    r"([0-9a-f]{12})\.(\d+)-(?:\d{5,}-of-\d{5,}(?:\.safetensors|\.json|\.failed)|with-.+)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,10 @@ class Attempt:
     def stem(self, rank: int) -> str:
         """What the names of this rank's files begin with."""
         return f"{self.prefix}{rank:05d}-of-{self.world_size:05d}"
+
+    def further(self, name: str) -> str:
+        """The name of a further file, which whoever made it calls `name`."""
+        return f"{self.prefix}with-{name}"
 
     def supersedes(self, file: str) -> bool:
         """Whether `file`, a name within a folder, is of an attempt that is over now that this one has begun."""

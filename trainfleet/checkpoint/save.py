@@ -38,15 +38,18 @@ class Save:
         self.was_reported = False
         """Whether anybody has asked how it ended."""
         self._error: CheckpointError | None = None
-        self._write = write
+        self._write: Callable[[], None] | None = write
         # A daemon, so that a save never keeps a dying process alive; whoever wants it committed waits for it.
         self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         begun = time.monotonic()
+        # What it holds must not outlive it: whoever keeps this Save would keep the Checkpointer and its writer.
+        write, self._write = self._write, None
+        assert write is not None
         try:
-            self._write()
+            write()
         except CheckpointError as error:
             self._error = error
         except Exception as error:

@@ -1,7 +1,7 @@
 """The first of three acts of a save: copy what this rank must store, so that training may go on.
 
 stage    copy arrays into memory kept for it           in the loop          (here)
-write    store and hash the copies                     behind the loop      shard.py
+write    store and hash the copies                     behind the loop      shard.py (order.py, writer.py)
 publish  wait for all ranks, then store the manifest   behind, on rank 0    manifest.py
 """
 
@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from trainfleet.checkpoint.arrays import Bytes, copy_bytes, num_bytes, shape_of
+from trainfleet.checkpoint.memory import StagingMemory
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.tree import Json, TakenArray, encode
 from trainfleet.errors import CheckpointError
@@ -22,29 +21,15 @@ from trainfleet.state import ShardedArray, Stateful
 _ALIGNMENT = 64
 
 
-class StagingMemory:
-    """Memory that every save copies into: as large as the largest so far, so that only the first has to get it."""
-
-    def __init__(self) -> None:
-        self._memory: Bytes = np.empty(0, np.uint8)
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._memory.size)
-
-    def reserve(self, size: int) -> Bytes:
-        if size > self._memory.size:
-            self._memory = np.empty(0, np.uint8)  # give the old one back before asking for more
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedPiece:
     path: str
     dtype: str
     region: Region
     data: Bytes
+    """In the staging memory."""
+    start: int
+    """Its first byte there."""
     per_rank: bool
 
 
@@ -65,6 +50,20 @@ class StagedShard:
 
 def stage(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int) -> StagedShard:
     """Take the states and copy this rank's part of them into `memory`."""
+    state, taken = _take(statefuls)
+    left = [array.path for array in taken if rank and not array.per_rank and not isinstance(array.array, ShardedArray)]
+    pieces = _copy([array for array in taken if _stored_by(array, rank)], memory)
+    return StagedShard(state=state, pieces=pieces, left_to_rank_0=tuple(left))
+
+
+def reserve(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int) -> None:
+    """Get the memory that `stage` will need."""
+    _, taken = _take(statefuls)
+    memory.reserve(_starts([array for array in taken if _stored_by(array, rank)])[-1])
+
+
+def _take(statefuls: Mapping[str, Stateful]) -> tuple[dict[str, Json], list[TakenArray]]:
+    """The states, encoded, and the arrays in them."""
     taken: dict[str, TakenArray] = {}
 
     def take(array: TakenArray) -> None:
@@ -73,34 +72,36 @@ def stage(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int
         taken[array.path] = array
 
     state = {name: encode(state_of(name, stateful), name, take) for name, stateful in statefuls.items()}
-    kept = [array for array in taken.values() if _stored_by(array, rank)]
-    left = [
-        array.path
-        for array in taken.values()
-        if rank and not array.per_rank and not isinstance(array.array, ShardedArray)
-    ]
-    pieces = _copy(kept, memory)
-    return StagedShard(state=state, pieces=pieces, left_to_rank_0=tuple(left))
+    return state, list(taken.values())
+
+
+def _starts(kept: list[TakenArray]) -> list[int]:
+    """Where each array begins in the staging memory, and where the last one ends."""
+    starts = [0]
+    for array in kept:
+        size = num_bytes(array.dtype, shape_of(_local(array)))
+        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
+    return starts
 
 
 def _copy(kept: list[TakenArray], memory: StagingMemory) -> tuple[StagedPiece, ...]:
-    sizes = [num_bytes(array.dtype, shape_of(_local(array))) for array in kept]
-    starts = [0]
-    for size in sizes:
-        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
+    starts = _starts(kept)
     reserved = memory.reserve(starts[-1])
     pieces = []
-    for array, start, size in zip(kept, starts, sizes):
+    for array, start in zip(kept, starts):
+        local = _local(array)
+        shape = shape_of(local)
+        size = num_bytes(array.dtype, shape)
         if size == 0:
             continue
         data = reserved[start : start + size]
-        local = _local(array)
         copy_bytes(local, array.dtype, data)
-        shape = shape_of(local)
         offsets = array.array.offsets if isinstance(array.array, ShardedArray) else (0,) * len(shape)
         region = Region(tuple(offsets), shape)
         pieces.append(
-            StagedPiece(path=array.path, dtype=array.dtype, region=region, data=data, per_rank=array.per_rank)
+            StagedPiece(
+                path=array.path, dtype=array.dtype, region=region, data=data, start=start, per_rank=array.per_rank
+            )
         )
     return tuple(pieces)
 

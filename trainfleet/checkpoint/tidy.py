@@ -23,7 +23,7 @@ def abandon(store: Store, attempt: Attempt, rank: int, reason: str) -> None:
     """
     try:
         if rank == 0:
-            if _is_published(store, attempt):
+            if is_published(store, attempt):
                 store.delete(manifest_of(attempt.step))
             for name in store.names(attempt.prefix):
                 store.delete(name)
@@ -35,7 +35,8 @@ def abandon(store: Store, attempt: Attempt, rank: int, reason: str) -> None:
         logger.warning("After the failed save of step %d: %s", attempt.step, error)
 
 
-def _is_published(store: Store, attempt: Attempt) -> bool:
+def is_published(store: Store, attempt: Attempt) -> bool:
+    """Whether the manifest that stands is that of this attempt."""
     try:
         return read_manifest(store, attempt.step).attempt == attempt
     except (Damaged, CheckpointError, StoreError):
@@ -52,7 +53,7 @@ def remove_checkpoint(store: Store, step: int, files: Sequence[str]) -> None:
 def prune(store: Store, retention: Retention) -> list[int]:
     """Remove the checkpoints that are not kept; which ones those were."""
     manifests = readable_manifests(store)
-    removable = retention.removable([manifest.step for manifest in manifests])
+    removable = retention.removable([(manifest.step, manifest.metrics) for manifest in manifests])
     files = steps_and_files(store.names())
     for step in removable:
         remove_checkpoint(store, step, [file for file in files.get(step, []) if file != MANIFEST])
@@ -66,10 +67,10 @@ def clear_leftovers(store: Store, attempt: Attempt) -> None:
         if MANIFEST in files:
             try:
                 manifest = read_manifest(store, step)
-                listed = {file.name.partition("/")[2] for file in manifest.indexes}
+                listed = {file.name.partition("/")[2] for file in (*manifest.indexes, *manifest.files)}
             except (Damaged, CheckpointError):
                 continue
-        listed |= {name.removesuffix(INDEX) + DATA for name in listed}
+        listed |= {name.removesuffix(INDEX) + DATA for name in listed if name.endswith(INDEX)}
         for file in files:
             if file not in listed and attempt.supersedes(file):
                 store.delete(f"{folder_of(step)}/{file}")

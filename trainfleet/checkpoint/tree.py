@@ -8,6 +8,7 @@ Plain JSON stands for itself. What JSON has not is an object with the key `$`:
     {"$": "bytes", "base64": "..."}
     {"$": "scalar", "dtype": "float32", "base64": "..."}   a NumPy scalar
     {"$": "rank", "value": ...}                       PerRank
+    {"$": "setting", "value": ...}                    Setting
     {"$": "array", "dtype": ..., "shape": [...], "library": "numpy" | "torch", "sharded": true | false}
 
 The elements of an array stand in the data files, under its path: the keys from the name of the Stateful
@@ -27,7 +28,7 @@ import numpy as np
 
 from trainfleet.checkpoint.arrays import dtype_of, is_array, library_of, shape_of
 from trainfleet.errors import CheckpointError
-from trainfleet.state import PerRank, ShardedArray
+from trainfleet.state import PerRank, Setting, ShardedArray
 
 Json: TypeAlias = Any
 
@@ -79,6 +80,8 @@ def encode(value: Any, path: str, take: Callable[[TakenArray], None], *, per_ran
         return listed if isinstance(value, list) else {"$": "tuple", "items": listed}
     if isinstance(value, PerRank) and not per_rank:
         return {"$": "rank", "value": encode(value.value, path, take, per_rank=True)}
+    if isinstance(value, Setting):
+        return {"$": "setting", "value": encode(value.value, path, take)}
     if isinstance(value, bytes | bytearray):
         return {"$": "bytes", "base64": base64.b64encode(value).decode()}
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
@@ -127,6 +130,8 @@ def decode(node: Json, path: str) -> Any:
             return np.frombuffer(data, np.dtype(node["dtype"]).newbyteorder("<"))[0]
         case "rank":
             return PerRank(decode(node["value"], path))
+        case "setting":
+            return Setting(decode(node["value"], path))
         case "array":
             return StoredArray(path, node["dtype"], tuple(node["shape"]), node["library"], node["sharded"])
         case other:

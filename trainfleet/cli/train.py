@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from trainfleet.errors import ConfigError, LaunchError
+from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
 if TYPE_CHECKING:
     from trainfleet.comm.environment import RankEnvironment
@@ -109,6 +109,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     """Check what can be checked here, then start this host's ranks with the recipe as it is now, and wait."""
     from trainfleet import log
     from trainfleet.config import to_yaml
+    from trainfleet.training.failure import leave_report
     from trainfleet.training.job import check
     from trainfleet.training.launch import run_elastic
 
@@ -119,14 +120,19 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
         resolved = Path(place) / "recipe.yaml"
         resolved.write_text(to_yaml(recipe), encoding="utf-8")
         command = [sys.executable, "-m", "trainfleet.cli.rank", str(resolved), str(folder.resolve())]
-        return run_elastic(
-            [*command, *(["--debug"] if debug else [])],
-            nproc=ranks.nproc,
-            nnodes=ranks.nnodes,
-            node_rank=ranks.node_rank,
-            rendezvous=ranks.rendezvous,
-            max_restarts=ranks.max_restarts,
-        )
+        try:
+            return run_elastic(
+                [*command, *(["--debug"] if debug else [])],
+                nproc=ranks.nproc,
+                nnodes=ranks.nnodes,
+                node_rank=ranks.node_rank,
+                rendezvous=ranks.rendezvous,
+                max_restarts=ranks.max_restarts,
+            )
+        except RankFailed as error:
+            if report := leave_report(Path(recipe.folder), error):
+                error.hint = " ".join([*([error.hint] if error.hint else []), f"The report is in {report}."])
+            raise
 
 
 def _check_aloud(recipe: Recipe, world_size: int) -> None:

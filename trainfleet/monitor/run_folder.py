@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from trainfleet.errors import StoreError
+from trainfleet.store import HOLD, FileStore, Hold
 
 PACKAGES = ("trainfleet", "torch", "numpy", "pydantic", "safetensors", "pyarrow", "transformers", "datasets")
 """Those whose versions can change what a run computes."""
@@ -55,12 +56,16 @@ class RunFolder:
                 hint="Make it writable, or choose another folder for the run.",
             ) from exc
 
+    def hold(self) -> Hold:
+        """Take the folder for this run until that is closed; StoreError says whose it is already."""
+        return FileStore(self.path).hold()
+
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to `NAME.1`, `NAME.2`, ... and say where; None where there is nothing.
 
         Nothing is deleted, and the folder itself is gone until `create`.
         """
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(path.name == HOLD for path in self.path.iterdir()):
             return None
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():

@@ -32,7 +32,7 @@ from trainfleet.parallel.randomness import seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.usage import Usage
 from trainfleet.plan import Plan
-from trainfleet.state import Stateful
+from trainfleet.state import Setting, Stateful
 
 LossFunction = Callable[[Any, Batch], Any]
 """(output, batch) -> LossSum, or a scalar tensor where all micro-batches are equal."""
@@ -238,24 +238,27 @@ class NativeEngine:
 
     def state(self) -> dict[str, Stateful]:
         self.spread.rest()
-        states: dict[str, Stateful] = {
+        return {
             "model": ModelState(self.model),
             "optimizer": OptimizerState(self.model, self.optimizer),
             "engine": _Counters(self),
         }
-        if self._scaler is not None:
-            states["loss_scale"] = self._scaler
-        return states
 
 
 class _Counters:
-    """Stateful: the engine's own few numbers."""
+    """Stateful: the engine's own few numbers, and the precision that they were found with."""
 
     def __init__(self, engine: NativeEngine) -> None:
         self._engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._engine.steps, "step_divisor": self._step_divisor()}
+        scaler = self._engine._scaler
+        return {
+            "steps": self._engine.steps,
+            "step_divisor": self._step_divisor(),
+            "precision": Setting(self._engine.plan.precision),
+            "loss_scale": scaler.state_dict() if scaler else None,
+        }
 
     def _step_divisor(self) -> float | None:
         """The divisor of a whole step, which does not depend on the number of ranks."""
@@ -269,6 +272,8 @@ class _Counters:
         self._engine.steps = int(state["steps"])
         divisor = state["step_divisor"]
         self._engine._divisor = None if divisor is None else float(divisor) / self._shares()
+        if self._engine._scaler is not None and state["loss_scale"] is not None:
+            self._engine._scaler.load_state_dict(state["loss_scale"])
 
 
 def _refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

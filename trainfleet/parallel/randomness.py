@@ -6,7 +6,14 @@ One process that runs all of them draws the same dropout masks as R processes th
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
+
+from trainfleet.state import PerRank
 
 _MASK = (1 << 64) - 1
 
@@ -26,3 +33,34 @@ def mixed(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+class Generators:
+    """Stateful: this rank's global random generators, of `random`, NumPy and torch, on the CPU and its GPU.
+
+    The model's own random numbers need none of it; callbacks, losses and transforms of the user may.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        version, words, gauss = random.getstate()
+        kind, keys, at, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+        state = {
+            "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
+            "numpy": {"kind": kind, "keys": keys, "at": at, "has_gauss": has_gauss, "cached": cached},
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            state["cuda"] = torch.cuda.get_rng_state()
+        return {"own": PerRank(state)}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        own = state["own"].value
+        python, numpy = own["python"], own["numpy"]
+        words = tuple(int(word) for word in python["words"])
+        random.setstate((python["version"], words, python["gauss"]))
+        np.random.set_state(
+            (numpy["kind"], numpy["keys"], int(numpy["at"]), int(numpy["has_gauss"]), float(numpy["cached"]))
+        )
+        torch.set_rng_state(own["torch"].cpu())
+        if "cuda" in own and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.set_rng_state(own["cuda"].cpu())

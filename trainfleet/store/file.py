@@ -15,13 +15,15 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 from urllib.parse import quote, unquote
 
 from trainfleet.errors import NotStored, StoreError
-from trainfleet.store.store import Buffer, chunks_of, parts_of
+from trainfleet.store.hold import HOLD, FileHold
+from trainfleet.store.store import PATIENCE, Buffer, chunks_of, parts_of
 
 UNFINISHED = ".unfinished-"
 """How names of files begin that are being written. Stored names never do: their leading dot is escaped."""
@@ -68,6 +70,11 @@ class FileStore:
     @property
     def folder(self) -> Path:
         return self._root
+
+    @property
+    def address(self) -> str | None:
+        # Of a subclass nobody else knows what it does.
+        return self._root.as_uri() if type(self) is FileStore else None
 
     def path_of(self, name: str) -> Path:
         """The file that holds, or would hold, the bytes of `name`."""
@@ -133,6 +140,11 @@ class FileStore:
                 path.unlink()
                 _fsync_folder(path.parent)
             self._remove_empty_folders(path.parent)
+
+    def hold(self, patience: timedelta = PATIENCE) -> FileHold:
+        with _translated("hold", HOLD, self._root):
+            self._check_root(create=True)
+            return FileHold(self._root, patience)
 
     def _absent(self, name: str) -> NotStored:
         return NotStored(f"There is nothing under {name!r} in {self._root}.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from datetime import timedelta
 from types import TracebackType
 
 from trainfleet.errors import NotStored, StoreError
-from trainfleet.store.store import Buffer, chunks_of, parts_of
+from trainfleet.store.store import PATIENCE, Buffer, chunks_of, parts_of
 
 
 class MemoryStore:
@@ -16,9 +17,14 @@ class MemoryStore:
     def __init__(self) -> None:
         self._held: dict[str, bytes] = {}
         self._lock = threading.Lock()
+        self._use = threading.Semaphore()
 
     def __repr__(self) -> str:
         return f"MemoryStore({len(self._held)} names)"
+
+    @property
+    def address(self) -> None:
+        return None
 
     def put(self, name: str, data: Buffer | Iterable[Buffer]) -> int:
         parts = parts_of(name)
@@ -55,6 +61,28 @@ class MemoryStore:
         parts_of(name)
         with self._lock:
             self._held.pop(name, None)
+
+    def hold(self, patience: timedelta = PATIENCE) -> MemoryHold:
+        if not self._use.acquire(timeout=patience.total_seconds()):
+            raise StoreError(f"{self!r} is in use by another run of this process.", hint="Close that one first.")
+        return MemoryHold(self._use)
+
+
+class MemoryHold:
+    def __init__(self, use: threading.Semaphore) -> None:
+        self._use: threading.Semaphore | None = use
+
+    @property
+    def descriptor(self) -> None:
+        return None
+
+    def close(self) -> None:
+        use, self._use = self._use, None
+        if use is not None:
+            use.release()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _OpenMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -10,6 +11,10 @@ from trainfleet.errors import StoreError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """What can be stored. Anything else with a buffer, such as a NumPy array, goes in as `memoryview(array).cast("B")`."""
+
+
+PATIENCE = timedelta(seconds=5)
+"""How long a hold is waited for: a holder that was killed may take a moment to be gone."""
 
 
 class OpenBytes(Protocol):
@@ -31,12 +36,28 @@ class OpenBytes(Protocol):
     ) -> None: ...
 
 
+class Hold(Protocol):
+    """That a store is in use by somebody, until `close` or the death of all processes that have `descriptor`."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """A file descriptor that carries the hold, for a process that shares it; None within one process."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @runtime_checkable
 class Store(Protocol):
     """Names are parts joined by `/`, as in `step-00000120/manifest.json`; no name is also the folder of another.
 
     Every method may raise StoreError, with the reason. After a failed `put` the old bytes stand, or none.
     """
+
+    @property
+    def address(self) -> str | None:
+        """What `open_store` makes this store of in another process; None where no other process can reach it."""
+        ...
 
     def put(self, name: str, data: Buffer | Iterable[Buffer]) -> int:
         """Store the bytes, or the buffers one after another, in one act and for good; how many bytes that were.
@@ -61,6 +82,13 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """The name is gone afterwards, whether or not it was there."""
+        ...
+
+    def hold(self, patience: timedelta = PATIENCE) -> Hold:
+        """Take the store for one run; StoreError says whose it is after `patience`.
+
+        Reading and writing are not hindered: whoever writes as a run holds first.
+        """
         ...
 
 

@@ -24,5 +24,5 @@ def open_store(place: str | Path) -> Store:
     if url.scheme == "memory" and url.netloc + url.path == "":
         return MemoryStore()
     if url.scheme == "file" and url.netloc in ("", "localhost") and url.path:
-        return FileStore(unquote(url.path))
+        return FileStore(unquote(url.path, errors="surrogateescape"))
     raise StoreError(f"There is no store for {place!r}. Known are a path, file:///a/folder and memory://.")

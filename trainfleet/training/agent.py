@@ -1,7 +1,8 @@
 """Torch's elastic agent, one a host: starts the ranks of a run here, watches them, and ends them all together.
 
-Three things are added to it. A second Ctrl-C kills. The ranks die with the agent, even when it is killed.
-And when ranks fail, the agents of all hosts agree on the cause before they report it.
+What is added to it: A second Ctrl-C kills. The ranks die with the agent, even when it is killed. Ranks that fail
+twice in the same way at the same step are not started a third time. And when ranks fail, the agents of all hosts
+agree on the cause before they report it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+_LEFT_BEHIND_SECONDS = 5
+"""For ranks to end once another has failed; a save that is nearly done may still be committed."""
 
 # The command of a rank replaces this program, and keeps what it asked of the kernel: to be killed when its parent
 # is. A parent that has died in between is seen by its process id. `-I -S` because nothing else is needed: 10 ms.
@@ -139,6 +143,7 @@ def _supervise(
             start_method=start_method,
             shutdown_timeout=round(job.grace.total_seconds()),
         )
+        agent.folder = folder
         try:
             result: RunResult | None = agent.run()
         finally:
@@ -147,15 +152,48 @@ def _supervise(
             raise RendezvousError("another host has ended the run")
     except SignalException as exc:
         return exc.sigval
+    except _Repeated as exc:
+        return exc.failure.as_repeated()
     except RendezvousError as exc:
         raise PeerError(
             f"The {job.nnodes} hosts of this run did not meet at {job.endpoint} within {seconds} s: {exc}",
             hint="Look at the other hosts: each has to start with the same --nnodes and rendezvous.",
         ) from exc
-    return agent.cause(result, folder) if result.is_failed() else dict(result.return_values)
+    return agent.cause(result) if result.is_failed() else dict(result.return_values)
+
+
+class _Repeated(Exception):
+    """A start met the same error at the same step as the one before."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.sentence)
+        self.failure = failure
 
 
 class _Agent(LocalElasticAgent):
+    folder: Path
+    """Where ranks leave their reports."""
+    _last: Failure | None = None
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """Start anew, unless the ranks failed as they did before: then another start would do no better."""
+        own = [failure for failure in read_failures(self._attempt()) if not failure.consequence]
+        if own:
+            failure = cause_of(own)
+            if self._last is not None and failure.is_like(self._last):
+                raise _Repeated(failure)
+            self._last = failure
+            logger.warning("Rank %d of %d %s The ranks start anew.", failure.rank, failure.world_size, failure.sentence)
+        super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
+        # Ranks whose peer is gone end by themselves. Those that hang would be given half a minute.
+        self._shutdown(timeout=_LEFT_BEHIND_SECONDS)
+
+    def _attempt(self) -> Path:
+        """The folder of the latest start."""
+        return max(self.folder.rglob("attempt_*"), key=lambda path: int(path.name.split("_")[1]))
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         try:
             super()._shutdown(death_sig, timeout)
@@ -163,12 +201,11 @@ class _Agent(LocalElasticAgent):
             logger.warning("Told twice to end: the ranks are killed.")
             super()._shutdown(signal.SIGKILL, 5)
 
-    def cause(self, result: RunResult, folder: Path) -> Failure:
+    def cause(self, result: RunResult) -> Failure:
         """Why the run failed, as far as this host knows and the others tell."""
         group = self.get_worker_group()
         world_size = group.workers[0].world_size
-        attempts = sorted(folder.rglob("attempt_*"), key=lambda path: int(path.name.split("_")[1]))
-        failures = read_failures(attempts[-1])
+        failures = read_failures(self._attempt())
         reported = {failure.rank for failure in failures}
         first = min((failure.timestamp for failure in result.failures.values()), default=0)
         for rank, failed in result.failures.items():

@@ -7,22 +7,25 @@ peer is gone or because they are stopped; the cause is the first failure that is
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import sysconfig
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.errors import PeerError, RankFailed, TrainfleetError
 
+REPORT = "failure.txt"
 INTERRUPTED = 130  # what shells report after Ctrl-C
 UNGUARDED = 97  # of a rank that came upon launch() while it read the script that has started it
+_STEP = "_trainfleet_step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,8 @@ class Failure:
     exit_code: int
     hint: str | None = None
     traceback: str = ""
+    step: int | None = None
+    """Steps that the run had taken, where the rank knew."""
     consequence: bool = False
     """True where the rank fell because another had: its peer was gone, or it was stopped."""
 
@@ -49,6 +54,17 @@ class Failure:
         if self.traceback:
             error.__cause__ = RankTraceback(self.traceback)
         return error
+
+    def is_like(self, other: Failure) -> bool:
+        """Whether this is the same error at the same step: a further start would meet it again."""
+        return (self.step, _without_addresses(self.sentence)) == (other.step, _without_addresses(other.sentence))
+
+    def as_repeated(self) -> Failure:
+        """This failure, told as the second of its kind."""
+        at = "at the start" if self.step is None else f"after step {self.step}"
+        return replace(
+            self, sentence=f"failed twice in the same way {at}, so it was not started again: it {self.sentence}"
+        )
 
 
 class RankTraceback(Exception):
@@ -91,8 +107,26 @@ def describe(exc: Exception, environment: RankEnvironment) -> Failure:
         exit_code=exc.exit_code if isinstance(exc, TrainfleetError) else RankFailed.exit_code,
         hint=exc.hint if isinstance(exc, TrainfleetError) else None,
         traceback="".join(traceback.format_exception(type(exc), exc, exc.__traceback__)),
+        step=getattr(exc, _STEP, None),
         consequence=isinstance(exc, PeerError),
     )
+
+
+def note_step(exc: BaseException, step: int) -> None:
+    """Let `exc` carry how many steps the run had taken, for the report."""
+    with suppress(AttributeError):  # an exception with slots
+        setattr(exc, _STEP, step)
+
+
+def leave_report(folder: Path, error: RankFailed) -> Path | None:
+    """Write what is known of the failure of a run into its folder, for whoever comes later; None where that fails."""
+    path = folder / REPORT
+    lines = [time.strftime("%Y-%m-%d %H:%M:%S%z"), str(error), error.hint or "", str(error.__cause__ or "")]
+    try:
+        path.write_text("\n".join(line for line in lines if line) + "\n", encoding="utf-8")
+    except OSError:
+        return None
+    return path
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -133,6 +167,10 @@ def death_of(rank: int, world_size: int, exit_code: int, *, stopped: bool) -> Fa
 def cause_of(failures: Iterable[Failure]) -> Failure:
     """The first that is not a consequence of another; the first of all where every one is."""
     return min(failures, key=lambda failure: (failure.consequence, failure.time))
+
+
+def _without_addresses(sentence: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "0x", sentence)
 
 
 def _path(folder: Path) -> Path:

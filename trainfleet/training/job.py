@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,23 @@ def run(recipe: Recipe, given: Given | None = None) -> Outcome:
                 trainer.step,
             )
             return Outcome(step=trainer.step, reason="finished before", loss=None, evaluation=None)
-        return trainer.fit()
+        return _fit(trainer, retries=recipe.train.max_retries if mesh.world_size == 1 else 0)
+
+
+def _fit(trainer: Trainer, retries: int) -> Outcome:
+    """Train; after an error go on from the newest checkpoint, unless the same came at the same step before."""
+    last: str | None = None
+    while True:
+        try:
+            return trainer.fit()
+        except Exception as exc:
+            met = f"{type(exc).__name__} after step {trainer.step}: {exc}"
+            if retries == 0 or met == last:
+                raise
+            retries, last = retries - 1, met
+            logger.warning("%s. The run goes on from its newest checkpoint; %d retries are left.", met, retries)
+            if trainer.restore() is None:
+                raise
 
 
 def as_restarted(recipe: Recipe, restarts: int) -> Recipe:
@@ -79,7 +96,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
 
     micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
     with ExitStack() as closing:
-        folder = open_run_folder(recipe, mesh)
+        folder = open_run_folder(recipe, mesh, closing)
         metadata = {"recipe": to_plain(recipe)}
         observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
@@ -158,15 +175,21 @@ def build_model(recipe: Recipe, given: Given) -> nn.Module:
     return model
 
 
-def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
-    """The folder, made and described by rank 0; with `resume: never`, what an earlier run left is moved aside."""
+def open_run_folder(recipe: Recipe, mesh: Mesh, closing: ExitStack) -> RunFolder:
+    """The folder, held until `closing` closes, made and described by rank 0.
+
+    With `resume: never`, what an earlier run left is moved aside.
+    """
     folder = RunFolder(recipe.folder)
     failure: list[str | None] | None = None
     if mesh.is_main:
         try:
+            folder.create()
+            closing.callback(folder.hold().close)
             if recipe.checkpoint.resume == "never" and (aside := folder.set_aside()):
                 logger.info("The earlier run in %s was moved to %s.", folder.path, aside)
-            folder.create()
+                folder.create()
+                closing.callback(folder.hold().close)  # the first hold went along with the earlier run
             folder.write_recipe(to_yaml(recipe))
             folder.write_environment(world_size=mesh.world_size, device=mesh.device, plan=str(recipe.plan))
         except StoreError as exc:
@@ -178,20 +201,22 @@ def open_run_folder(recipe: Recipe, mesh: Mesh) -> RunFolder:
 
 
 def _open_checkpointer(recipe: Recipe, folder: RunFolder, mesh: Mesh) -> Checkpointer:
-    from datetime import timedelta
-
     config = recipe.checkpoint
     return Checkpointer(
         open_store(config.folder or str(folder.checkpoints)),
         retention=config.retention,
         group=mesh.data_axes,
         timeout=timedelta(seconds=config.timeout_seconds),
+        export=config.export,
+        save_function=load_object(config.save_function, key="checkpoint.save_function")
+        if config.save_function
+        else None,
     )
 
 
 def _begin_or_resume(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer | None) -> None:
     if checkpointer is not None and recipe.checkpoint.resume != "never":
-        step = trainer.restore()
+        step = trainer.restore(cast=recipe.checkpoint.cast)
         if step is not None:
             return
     if recipe.checkpoint.resume == "must":

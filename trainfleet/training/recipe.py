@@ -84,6 +84,16 @@ class TrainConfig:
     """Average the weights with this decay, and evaluate the averages; null: no average."""
     check_replicas_every: int | None = 500
     """Steps between checks that copies of parameters are still equal to the bit; null: never."""
+    max_retries: int = 0
+    """How often a run of one process goes on from its newest checkpoint after an error. The same error at the same
+    step twice ends it. Ranks of several processes are started anew by `--max-restarts`."""
+    rollback_every: int | None = None
+    """Steps between copies of all states in memory, to which the run goes back when a loss or a gradient is not finite,
+    or the loss jumps; the batches in between are left out. null: none, and what is not finite stays."""
+    rollback_spike: float | None = None
+    """A loss so many times the median of the last 50 counts as a jump; null: only what is not finite counts."""
+    max_rollbacks: int = 3
+    """Rollbacks without a new best step in between, before the run ends with an error."""
     step_fn: str | None = None
     """Import path of (engine, micro_batches) -> LossSum that takes the place of engine.forward_backward."""
     finish: str | None = None
@@ -96,6 +106,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{name} is {value}; use 1 or more.")
+        if self.rollback_every is not None and self.rollback_every < 1:
+            raise ConfigError(f"train.rollback_every is {self.rollback_every}; use 1 step or more, or null.")
+        if self.rollback_spike is not None and self.rollback_spike <= 1:
+            raise ConfigError(f"train.rollback_spike is {self.rollback_spike}; a jump is more than 1 times the median.")
+        if self.max_retries < 0 or self.max_rollbacks < 0:
+            raise ConfigError("train.max_retries and train.max_rollbacks cannot be negative; use 0 for none.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(f"train.clip_norm is {self.clip_norm}; use a positive norm, or null for none.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -33,6 +33,8 @@ FLAT_NAMES: dict[str, str] = {
     "save_interval": "checkpoint.every",
     "keep_checkpoints": "checkpoint.keep_last",
     "log_interval": "monitor.log_interval",
+    "auto_resume": "checkpoint.resume",
+    "max_retries": "train.max_retries",
     "num_workers": "data.workers",
     "loss": "loss",
 }
@@ -71,6 +73,8 @@ def recipe_values(config: Mapping[str, Any]) -> dict[str, Any]:
             if value is False:
                 continue
             value = name if value is True else value
+        if name == "auto_resume" and isinstance(value, bool):
+            value = "auto" if value else "never"
         for path, leaf in _leaves(key.split("."), value):
             dotted = ".".join(path)
             if dotted in said:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
 from trainfleet.checkpoint import Checkpointer, Save
-from trainfleet.errors import CheckpointError, ConfigError, DataError
+from trainfleet.errors import CheckpointError, ConfigError, DataError, StoreError
 from trainfleet.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -26,8 +26,11 @@ from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import used_bytes
 from trainfleet.parallel import Ema, Engine, NativeEngine
+from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.state import Stateful
+from trainfleet.training.anomaly import Anomalies
+from trainfleet.training.failure import note_step
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.schedule import ScheduleConfig, multiple
@@ -46,8 +49,9 @@ class Trainer:
         Trainer(model, optimizer, loss_fn, batches, mesh=mesh).fit(steps=10_000)
 
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
-    restore. `step_fn(engine, micro_batches) -> LossSum` takes the place of `engine.forward_backward`. `finish` is
-    called when all steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
+    restore; observers that are Stateful are saved as well. `step_fn(engine, micro_batches) -> LossSum` takes the place
+    of `engine.forward_backward`. `finish` is called when all steps are done; what it returns stands in the summary of
+    the run, a text named `sample` above it.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class Trainer:
         self._evaluation = evaluation
         self._checkpointer = checkpointer
         self._save_every = save_every
-        self._states = dict(states or {})
+        self._states = {**_states_of(observers), **(states or {})}
         self._step_fn = step_fn or (lambda engine, micro_batches: engine.forward_backward(micro_batches))
         self._finish = finish
         self._metadata = metadata or {}
@@ -97,8 +101,11 @@ class Trainer:
         self._best: float | None = None
         self._evaluations_without_gain = 0
         self._last_evaluation: float | None = None
+        self._evaluated_step = -1
         self._saved_step = -1
         self._saving: Save | None = None
+        self._anomalies: Anomalies | None = None
+        self._is_prepared = checkpointer is None or save_every is None
         if self.config.evaluate_every and evaluation is None:
             raise ConfigError(
                 f"train.evaluate_every is {self.config.evaluate_every}, but there is nothing to evaluate on. "
@@ -118,6 +125,10 @@ class Trainer:
         reason = "finished"
         self._emit(self._run_started(steps))
         try:
+            if self.config.rollback_every is not None:
+                states = {name: state for name, state in self._all_states().items() if name != "data"}
+                self._anomalies = Anomalies(self.config, states)
+                self._anomalies.remember(self.step)
             with StopVote(self.mesh.data_axes) as vote:
                 while self.step < steps and reason == "finished":
                     loss = self._take_step(steps, vote)
@@ -126,6 +137,7 @@ class Trainer:
             if reason != "interrupted":
                 summary = self._summary()
         except BaseException as exc:
+            note_step(exc, self.step)
             reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
             raise
         finally:
@@ -137,6 +149,8 @@ class Trainer:
         """Evaluate and save where that is due; `finished` unless the run has to end here."""
         if self._saving is not None and self._saving.done:
             self._tell_how_the_save_ended()
+        if not self._is_prepared:
+            self._prepare_saves()
         if vote.says_stop():
             return "interrupted"
         evaluate = self._is_due(self.config.evaluate_every) or (self.step == steps and self._evaluation is not None)
@@ -144,6 +158,8 @@ class Trainer:
             return "stopped early"
         if self._is_due(self._save_every):
             self.save()
+        if self._anomalies is not None and self._is_due(self.config.rollback_every):
+            self._anomalies.remember(self.step)
         return "finished"
 
     def _summary(self) -> dict[str, float | str]:
@@ -168,6 +184,9 @@ class Trainer:
         loss = self._step_fn(self.engine, micro_batches)
         norm = self.engine.clip(self.config.clip_norm)
         scale = getattr(self.engine, "loss_scale", None)
+        if self._anomalies is not None and (what := self._anomalies.seen_in(loss.mean, norm, scale)):
+            self._roll_back(what)
+            return loss.mean
         updated = self.engine.step()
         self.step += 1
         if self.ema is not None and updated:
@@ -192,6 +211,13 @@ class Trainer:
             )
         )
         return loss.mean
+
+    def _roll_back(self, what: str) -> None:
+        """Go back to the last copy; the batches that led here are left out, for the stream goes on where it is."""
+        assert self._anomalies is not None
+        step = self._anomalies.go_back(self.step + 1, what)
+        self._emit(Noted(step=step, title="rollback", text=f"{what} in step {self.step + 1}; back to step {step}"))
+        self._emit(Restored(step=step, path="memory"))
 
     def _next_batch(self) -> Batch:
         try:
@@ -224,7 +250,7 @@ class Trainer:
                 loss = self.engine.evaluate(self._evaluation())
         else:
             loss = self.engine.evaluate(self._evaluation())
-        self._last_evaluation = loss.mean
+        self._last_evaluation, self._evaluated_step = loss.mean, self.step
         self._emit(Evaluated(step=self.step, loss=loss.mean, seconds=time.perf_counter() - begun))
         return loss.mean
 
@@ -240,16 +266,33 @@ class Trainer:
 
     # checkpoints
 
+    def _prepare_saves(self) -> None:
+        """After the first step, when all states have their size: get what saves need, so that none of them waits."""
+        assert self._checkpointer is not None
+        self._is_prepared = True
+        try:
+            self._checkpointer.prepare(**self._all_states())
+        except (CheckpointError, StoreError) as exc:
+            self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
+
     def save(self) -> None:
         """Begin a checkpoint of this step; how the one before ended is told to the observers."""
         if self._checkpointer is None:
             raise ConfigError("There is no checkpointer to save with; give the Trainer `checkpointer`.")
         self._tell_how_the_save_ended()
         try:
-            self._saving = self._checkpointer.save(self.step, metadata=self._metadata, **self._all_states())
-        except CheckpointError as exc:
+            self._saving = self._checkpointer.save(
+                self.step, metadata=self._metadata, metrics=self._metrics(), **self._all_states()
+            )
+        except (CheckpointError, StoreError) as exc:
             self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
         self._saved_step = self.step
+
+    def _metrics(self) -> dict[str, float]:
+        """What was measured at this very step."""
+        if self._last_evaluation is None or self._evaluated_step != self.step:
+            return {}
+        return {"loss": self._last_evaluation}
 
     def _save_last(self) -> None:
         if self._checkpointer is None or self._save_every is None:
@@ -269,18 +312,19 @@ class Trainer:
         else:
             self._emit(CheckpointSaved(step=save.step, path=save.path, seconds=save.blocked.total_seconds()))
 
-    def restore(self) -> int | None:
-        """Go on from the newest whole checkpoint: its step, or None if there is none."""
+    def restore(self, *, cast: bool = False) -> int | None:
+        """Go on from the newest whole checkpoint: its step, or None if there is none. `cast` allows other dtypes."""
         if self._checkpointer is None:
             raise ConfigError("There is no checkpointer to restore from; give the Trainer `checkpointer`.")
-        step = self._checkpointer.restore(None, partial=False, **self._all_states())
+        step = self._checkpointer.restore(None, partial=False, cast=cast, **self._all_states())
         if step is not None:
             self._saved_step = step
             self._emit(Restored(step=step, path=self._checkpointer.place(step)))
         return step
 
     def _all_states(self) -> dict[str, Stateful]:
-        states = {**self.engine.state(), "trainer": self, **self._states}
+        """What a checkpoint holds: all that the next step depends on, and what observers remember."""
+        states = {**self.engine.state(), "trainer": self, "generators": Generators(), **self._states}
         if isinstance(self.batches, Stateful):
             states["data"] = self.batches
         if self.ema is not None:
@@ -315,3 +359,14 @@ class Trainer:
 
     def _emit(self, event: Event) -> None:
         self.observers.emit(event)
+
+
+def _states_of(observers: Sequence[Observer]) -> dict[str, Stateful]:
+    """Those observers that have a state, by class name; of several of one class, the second is called `Name 2`."""
+    found: dict[str, Stateful] = {}
+    for observer in observers:
+        if isinstance(observer, Stateful):
+            name = type(observer).__name__
+            number = sum(each.split(" ")[0] == name for each in found) + 1
+            found[name if number == 1 else f"{name} {number}"] = observer
+    return found

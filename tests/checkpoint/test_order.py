@@ -1,0 +1,60 @@
+"""An order means the same to the process that carries it out as to the rank that gave it."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import numpy as np
+
+from trainfleet.checkpoint import Retention
+from trainfleet.checkpoint.memory import StagingMemory
+from trainfleet.checkpoint.names import Attempt
+from trainfleet.checkpoint.order import Order, carry_out
+from trainfleet.checkpoint.restore import verify
+from trainfleet.checkpoint.staging import stage
+from trainfleet.state import PerRank
+from trainfleet.store import MemoryStore
+
+
+class Held:
+    def state_dict(self):
+        return {"w": np.arange(6.0).reshape(2, 3), "own": PerRank(np.arange(3)), "x": {"deep": [1, "two", None]}}
+
+    def load_state_dict(self, state): ...
+
+
+def order(memory):
+    return Order(
+        attempt=Attempt(step=4, run="0123456789ab", number=2, world_size=1),
+        rank=0,
+        staged=stage({"m": Held()}, memory, rank=0),
+        metadata={"a": 1},
+        metrics={"loss": 0.5},
+        retention=Retention(last=2, best=1, mode="max"),
+        timeout=timedelta(seconds=7),
+    )
+
+
+def test_it_survives_being_sent():
+    memory = StagingMemory(shared=False)
+    given = order(memory)
+    got = Order.from_json(json.loads(json.dumps(given.to_json())), memory.reserve(memory.num_bytes))
+    for name in ("attempt", "rank", "metadata", "metrics", "retention", "timeout", "export"):
+        assert getattr(got, name) == getattr(given, name), name
+    assert got.staged.state == given.staged.state
+    for a, b in zip(got.staged.pieces, given.staged.pieces, strict=True):
+        assert (a.path, a.dtype, a.region, a.start, a.per_rank) == (b.path, b.dtype, b.region, b.start, b.per_rank)
+        assert (a.data == b.data).all()
+
+
+def test_both_write_the_same_bytes():
+    memory = StagingMemory(shared=False)
+    given = order(memory)
+    got = Order.from_json(json.loads(json.dumps(given.to_json())), memory.reserve(memory.num_bytes))
+    here, there = MemoryStore(), MemoryStore()
+    carry_out(here, given)
+    carry_out(there, got)
+    assert here.names() == there.names() and verify(here, 4) == []
+    shards = [name for name in here.names() if "manifest" not in name]
+    assert shards and all(here.get(name) == there.get(name) for name in shards)

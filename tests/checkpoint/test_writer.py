@@ -1,0 +1,178 @@
+"""The writer is a process of its own that carries out saves, and dies with its rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.checkpoint.writer import CAN_RUN
+from trainfleet.errors import CheckpointError
+from trainfleet.store import FileStore, MemoryStore
+
+pytestmark = pytest.mark.skipif(not CAN_RUN, reason="this system has no writer processes: no memfd or no pidfd")
+
+SHORT = timedelta(seconds=20)
+
+
+class Held:
+    def __init__(self, **value):
+        self.value = value
+
+    def state_dict(self):
+        return self.value
+
+    def load_state_dict(self, state):
+        self.value = dict(state)
+
+
+def children():
+    return [child.pid for child in psutil.Process().children()]
+
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def writer_of(checkpointer):
+    pid = checkpointer._writer.pid
+    assert pid is not None
+    return pid
+
+
+def restored(folder, size):
+    live = Held(w=np.zeros(size))
+    step = Checkpointer(FileStore(folder)).restore(m=live)
+    return step, live.value["w"]
+
+
+def test_a_store_that_others_can_reach_is_written_by_a_process_without_torch(tmp_path):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.arange(1000.0))).wait()
+        maps = Path(f"/proc/{writer_of(checkpointer)}/maps").read_text()
+        assert "numpy" in maps and "torch" not in maps
+    assert (restored(tmp_path, 1000)[1] == np.arange(1000.0)).all()
+
+
+def test_a_store_of_this_process_is_written_by_a_thread():
+    before = children()
+    with Checkpointer(MemoryStore()) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.arange(10.0))).wait()
+        assert children() == before
+
+
+def test_larger_states_get_larger_memory_and_the_same_process(tmp_path):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        pids = set()
+        for step, size in enumerate((10, 100_000, 50, 200_000)):
+            checkpointer.save(step, m=Held(w=np.full(size, float(step)))).wait()
+            pids.add(writer_of(checkpointer))
+            assert (restored(tmp_path, size)[1] == step).all()
+        assert len(pids) == 1
+
+
+def test_close_leaves_no_process_no_descriptor_and_no_hold(tmp_path):
+    processes, opened = children(), descriptors()
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.arange(1000.0))).wait()
+    assert children() == processes and descriptors() == opened
+    FileStore(tmp_path).hold(timedelta(0)).close()
+
+
+def test_one_that_nobody_closes_goes_with_its_object(tmp_path):
+    processes = children()
+    checkpointer = Checkpointer(FileStore(tmp_path))
+    checkpointer.save(1, m=Held(w=np.arange(1000.0))).wait()
+    assert len(children()) == len(processes) + 1
+    del checkpointer
+    assert children() == processes
+
+
+def test_a_killed_writer_fails_its_save_and_the_next_one_has_another(tmp_path):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.arange(1000.0))).wait()
+        first = writer_of(checkpointer)
+        os.kill(first, signal.SIGSTOP)
+        save = checkpointer.save(2, m=Held(w=np.zeros(1000)))
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(CheckpointError, match="Step 2 was not saved: its writer process was killed by SIGKILL"):
+            save.wait(SHORT)
+        assert restored(tmp_path, 1000)[0] == 1
+        checkpointer.save(3, m=Held(w=np.ones(1000))).wait(SHORT)
+        assert writer_of(checkpointer) != first and restored(tmp_path, 1000)[0] == 3
+
+
+def test_a_writer_that_stands_still_is_ended_at_the_deadline(tmp_path):
+    with Checkpointer(FileStore(tmp_path), timeout=timedelta(seconds=0.5)) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.arange(10.0))).wait()
+        os.kill(writer_of(checkpointer), signal.SIGSTOP)
+        save = checkpointer.save(2, m=Held(w=np.zeros(10)))
+        with pytest.raises(CheckpointError, match="was not done after 1 s"):
+            save.wait(SHORT)
+        checkpointer.save(3, m=Held(w=np.ones(10))).wait(SHORT)
+
+
+def test_ctrl_c_and_sigterm_do_not_end_a_save(tmp_path):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.prepare(m=Held(w=np.zeros(10)))
+        checkpointer.save(1, m=Held(w=np.zeros(10))).wait()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(writer_of(checkpointer), number)
+        checkpointer.save(2, m=Held(w=np.zeros(10))).wait(SHORT)
+
+
+RANK = """
+import sys, time
+import numpy as np
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.store import FileStore
+
+class Held:
+    def state_dict(self):
+        return {"w": np.zeros(10)}
+    def load_state_dict(self, state): ...
+
+checkpointer = Checkpointer(FileStore(sys.argv[1]))
+checkpointer.save(1, m=Held()).wait()
+print(checkpointer._writer.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_writer_dies_with_its_rank(tmp_path):
+    rank = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    writer = psutil.Process(int(rank.stdout.readline()))
+    rank.kill()
+    rank.communicate()
+    deadline = time.monotonic() + 5
+    while writer.is_running() and writer.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE
+    FileStore(tmp_path).hold().close()
+
+
+def test_what_the_writer_warns_of_is_logged_here(tmp_path, caplog):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.save(1, m=Held(w=np.zeros(10))).wait()
+        (tmp_path / "step-00000001" / "manifest.json").unlink()
+        (tmp_path / "step-00000001" / "manifest.json").mkdir()
+        (tmp_path / "step-00000001" / "manifest.json" / "x").touch()
+        with pytest.raises(CheckpointError):
+            checkpointer.save(1, m=Held(w=np.zeros(10))).wait(SHORT)
+
+
+def test_the_memory_can_be_had_before_the_first_save(tmp_path):
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        checkpointer.prepare(m=Held(w=np.zeros(1000)))
+        assert checkpointer._memory.num_bytes >= 8000 and writer_of(checkpointer)
+        assert not checkpointer.has_checkpoint()
+        checkpointer.save(1, m=Held(w=np.zeros(1000))).wait()

@@ -1,0 +1,109 @@
+"""What must not be learned from is seen, and the run goes back to before it, a bounded number of times."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainfleet.errors import ConfigError, TrainfleetError
+from trainfleet.events import Event, Restored, StepEnded
+from trainfleet.mesh import Mesh
+from trainfleet.parallel import parallelize
+from trainfleet.plan import Plan
+from trainfleet.training.anomaly import Anomalies
+from trainfleet.training.recipe import TrainConfig
+from trainfleet.training.trainer import Trainer
+
+
+class Counter:
+    n = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: Any, /) -> None:
+        self.n = state["n"]
+
+
+def anomalies(**config: Any) -> Anomalies:
+    found = Anomalies(TrainConfig(rollback_every=1, **config), {"counter": Counter()})
+    found.remember(0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scale", "said"),
+    [
+        (math.nan, 1.0, None, "The loss is nan"),
+        (math.inf, 1.0, 8.0, "The loss is inf"),
+        (1.0, math.inf, None, "The norm of the gradient is inf"),
+        (1.0, math.inf, 8.0, None),
+        (1e9, 1.0, None, None),
+    ],
+)
+def test_what_is_not_finite_is_seen(loss: float, norm: float, scale: float | None, said: str | None) -> None:
+    assert anomalies().seen_in(loss, norm, scale) == said
+
+
+def test_a_jump_is_seen_once_the_usual_is_known() -> None:
+    watch = anomalies(rollback_spike=3.0)
+    assert watch.seen_in(90.0, 1.0, None) is None
+    for _ in range(12):
+        assert watch.seen_in(2.0, 1.0, None) is None
+    assert watch.seen_in(5.9, 1.0, None) is None
+    assert watch.seen_in(6.1, 1.0, None) == "The loss is 6.1, 3.0 times the usual 2"
+
+
+def test_rollbacks_that_bring_no_progress_end_the_run() -> None:
+    watch = anomalies(max_rollbacks=2)
+    assert [watch.go_back(5, "x"), watch.go_back(5, "x"), watch.go_back(9, "x"), watch.go_back(7, "x")] == [0] * 4
+    with pytest.raises(TrainfleetError, match="2 rollbacks have brought the run no further"):
+        watch.go_back(9, "The loss is nan")
+
+
+@pytest.mark.parametrize("wrong", [{"rollback_every": 0}, {"rollback_spike": 1.0}, {"max_rollbacks": -1}])
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.back: list[int] = []
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepEnded):
+            self.losses[event.step] = event.loss
+        if isinstance(event, Restored):
+            self.back.append(event.step)
+
+
+def losses_of(batches: list[Tensor], steps: int, every: int | None) -> tuple[dict[int, float], list[int], Tensor]:
+    with Mesh.from_env(Plan(), device="cpu") as mesh:
+        torch.manual_seed(0)
+        model = parallelize(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)), mesh, Plan())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        seen = Seen()
+        config = TrainConfig(rollback_every=every)
+        trainer = Trainer(
+            model, optimizer, lambda out, _: out.square().mean(), batches, mesh=mesh, config=config, observers=[seen]
+        )
+        trainer.fit(steps)
+        return seen.losses, seen.back, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_run_with_bad_batches_is_the_run_without_them(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    good = [torch.randn(2, 3, generator=draw) for _ in range(12)]
+    bad = torch.full((2, 3), math.nan)
+    # A copy is taken after each step, so exactly the bad batches are left out.
+    plain, _, expected = losses_of(good, 12, None)
+    found, back, parameters = losses_of([*good[:5], bad, *good[5:9], bad, bad, *good[9:]], 12, 1)
+    assert back == [5, 9, 9] and found == plain
+    assert torch.equal(parameters, expected)

@@ -1,0 +1,71 @@
+"""Holding a folder for one run: a lock that the kernel lifts when all who have it are dead, and whose it is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shlex
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from trainfleet.errors import StoreError
+
+HOLD = ".held"
+"""The file that bears the lock. It is no stored name, and stays when nobody holds."""
+
+_PAUSE_SECONDS = 0.05
+_MOST_BYTES = 2000
+
+
+class FileHold:
+    """A lock on the file HOLD in `folder`, which says whose it is."""
+
+    def __init__(self, folder: Path, patience: timedelta) -> None:
+        self._descriptor: int | None = os.open(folder / HOLD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._lock(self._descriptor, folder, time.monotonic() + patience.total_seconds())
+            with contextlib.suppress(OSError):  # a full disk: then it cannot say whose it is
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, this_process().encode(errors="replace")[:_MOST_BYTES], 0)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _lock(descriptor: int, folder: Path, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    return  # a file system without locks: nothing can be said there
+            if time.monotonic() > deadline:
+                owner = os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace") or "somebody"
+                raise StoreError(
+                    f"{folder} is in use by {owner}.",
+                    hint="Wait for it, end it, or give this run another folder.",
+                )
+            time.sleep(_PAUSE_SECONDS)
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._descriptor
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def this_process() -> str:
+    """This process in words, for whoever finds its hold."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {os.uname().nodename} since {since} ({shlex.join(sys.argv)[:500]})"
