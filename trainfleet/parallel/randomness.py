@@ -35,6 +35,14 @@ def mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def seed_generators(seed: int, rank: int) -> None:
+    """Seed torch's generators alike on all ranks, for models are built from them; `random` and NumPy by rank."""
+    torch.manual_seed(seed)
+    own = mixed(mixed(seed) ^ rank)
+    random.seed(own)
+    np.random.seed(own & 0xFFFFFFFF)
+
+
 class Generators:
     """Stateful: this rank's global random generators, of `random`, NumPy and torch, on the CPU and its GPU.
 

@@ -88,10 +88,9 @@ def as_restarted(recipe: Recipe, restarts: int) -> Recipe:
 @contextmanager
 def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     """A Trainer with everything the recipe names, restored where the recipe wants that; closed afterwards."""
-    import torch
-
     from trainfleet.parallel import parallelize
     from trainfleet.parallel.optimizers import build_optimizer
+    from trainfleet.parallel.randomness import seed_generators
     from trainfleet.training.trainer import Trainer
 
     micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
@@ -101,7 +100,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
-        torch.manual_seed(recipe.train.seed)
+        seed_generators(recipe.train.seed, mesh.rank)
         model = parallelize(build_model(recipe, given), mesh, recipe.plan)
         optimizer = build_optimizer(
             recipe.optimizer.name,

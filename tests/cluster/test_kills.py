@@ -1,0 +1,168 @@
+"""A run that is killed at any moment ends as the run that was never killed: losses and parameters, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="a run needs torch")
+
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.checkpoint.manifest import read_indexes, read_manifest
+from trainfleet.checkpoint.whole import whole_states
+from trainfleet.monitor import read_metrics
+from trainfleet.store import FileStore
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 120
+PLACES = (
+    "mid-step",
+    "staging",
+    "writing shards",
+    "before the commit",
+    "at the rename",
+    "after the commit",
+    "pruning",
+    "restoring",
+)
+ON_RANK_0 = ("before the commit", "after the commit", "pruning")  # only it does these
+
+RECIPE = f"""
+folder: run
+model: {{name: 'learner:Learner'}}
+data: {{source: 'learner:Numbers', workers: 1}}
+batch: {{micro_batch: 2, accumulation: 2}}
+plan: {{zero: 2}}
+loss: mse
+train: {{steps: {STEPS}, ema_decay: 0.9}}
+checkpoint: {{every: 2, keep_last: 2}}
+monitor: {{tensorboard: false, curve: false, console: false}}
+"""
+
+MODULE = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+class Learner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x):
+        # Random numbers that no seed of the step makes: a resume has to bring the generators back.
+        noise = random.random() + np.random.random()
+        return self.layers(x + 0.01 * noise)
+
+class Numbers:
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        x = torch.full((4,), index / 100)
+        return {"input": x, "label": x.sum(0, keepdim=True)}
+"""
+
+
+def kills_of(seed: int, count: int) -> list[dict[str, Any]]:
+    """Every place in turn; calls, ranks and victims by chance."""
+    chance = random.Random(seed)
+    order = [PLACES[i % len(PLACES)] for i in range(count)]
+    chance.shuffle(order)
+    found = []
+    for place in order:
+        victims = ["rank", "all", "job"]
+        if place == "writing shards":
+            victims.append("writer")
+        kill = {"place": place, "rank": 0 if place in ON_RANK_0 else chance.randrange(2)}
+        # A start begins at the newest checkpoint, of which there is none before the first save.
+        most = {"mid-step": 9, "staging": 30, "writing shards": 30, "at the rename": 9, "restoring": 1}.get(place, 3)
+        found.append({**kill, "call": chance.randint(1, most), "victims": chance.choice(victims)})
+    return found
+
+
+def train(folder: Path, kills: list[dict[str, Any]], recipe: str = RECIPE) -> int:
+    """Start the same command until it ends well; how often it had to be started."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "learner.py").write_text(MODULE)
+    (folder / "kills.json").write_text(json.dumps(kills))
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        "PYTHONPATH": str(Path(__file__).parent / "killing"),
+        "KILLS": str(folder / "kills.json"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "trainfleet.cli.main", "train", "recipe.yaml", "--nproc", "2"]
+    command += ["--max-restarts", str(len(kills))]
+    for start in range(1, len(kills) + 2):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        if done.returncode == 0:
+            return start
+        assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-4000:]
+    raise AssertionError("the run did not come to its end")
+
+
+def states_at(folder: Path, step: int) -> dict[str, Any]:
+    store = FileStore(folder / "run" / "checkpoints")
+    return whole_states(store, read_indexes(store, read_manifest(store, step)))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, with types."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "numpy"):
+        a, b = a.numpy(), b.numpy()
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    return type(a) is type(b) and bool(a == b)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(folder / "run" / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without kills, all of its checkpoints kept."""
+    folder = tmp_path_factory.mktemp("reference") / "job"
+    assert train(folder, [], RECIPE.replace("keep_last: 2", "keep_last: 1000")) == 1
+    return folder
+
+
+def hold_against(never_killed: Path, folder: Path, kills: list[dict[str, Any]]) -> None:
+    train(folder, kills)
+    undone = [kill for i, kill in enumerate(kills) if not (folder / f"kills.{i}.done").exists()]
+    assert not undone, "the run ended before these"
+    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
+    assert losses(folder) == losses(never_killed)
+    standing = Checkpointer(FileStore(folder / "run" / "checkpoints")).steps()
+    assert standing[-1] == STEPS
+    for step in standing:
+        found, expected = states_at(folder, step), states_at(never_killed, step)
+        assert [name for name in expected if not same(found.get(name), expected[name])] == [], step
+    left = [path.name for path in (folder / "run" / "checkpoints").rglob("*") if path.name.startswith(".unfinished")]
+    assert left == [], "a later save clears what killed ones left"
+
+
+def test_eight_kills_leave_the_run_that_was_never_killed(never_killed: Path, tmp_path: Path) -> None:
+    hold_against(never_killed, tmp_path / "job", kills_of(seed=1, count=8))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", range(2, 9))
+def test_fifty_six_kills_leave_the_run_that_was_never_killed(never_killed: Path, tmp_path: Path, seed: int) -> None:
+    hold_against(never_killed, tmp_path / "job", kills_of(seed=seed, count=8))
