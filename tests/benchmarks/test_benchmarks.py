@@ -48,6 +48,13 @@ def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -
     assert all(float(row[1]) > 0 for row in [*commands["rows"], *first_steps["rows"]])
 
 
+@pytest.mark.cluster
+def test_checkpoints_are_timed_beside_a_plain_write(tmp_path: Path) -> None:
+    loop, commit = tables("checkpoint_stall", tmp_path, "--no-rivals")
+    assert [row[0] for row in loop["rows"]] == ["trainfleet"]
+    assert {row[0] for row in commit["rows"]} == {"trainfleet", "plain write"}
+
+
 def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:
     (table,) = tables("data_loader", tmp_path)
     assert {row[2] for row in table["rows"]} == {"LocalBatches", "LocalBatches again", "DataLoader"}
