@@ -99,7 +99,7 @@ def test_memory_is_that_of_one_array_and_not_of_the_model(tmp_path):
 
 def test_each_checkpoint_can_hold_an_export(tmp_path):
     store = FileStore(tmp_path)
-    with Checkpointer(store, export="bfloat16") as checkpointer:
+    with Checkpointer(store, export="bf16") as checkpointer:
         checkpointer.save(1, model=Held(w=WEIGHT)).wait()
         assert checkpointer.verify(1) == []
     (file,) = (tmp_path / "step-00000001").glob("*-with-model.safetensors")

@@ -21,6 +21,9 @@ from trainfleet.store import Buffer, Store
 
 Float: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
+PRECISIONS: dict[str, Float] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Dtypes by the words of a plan."""
+
 
 def safetensors_of(
     store: Store, indexes: list[Index], *, state: str = "model", dtype: Float | None = None
@@ -62,6 +65,27 @@ def file_of(whole: Whole, arrays: Sequence[StoredArray], dtype: Float | None) ->
         data = recast(whole.read(array), array.dtype, exported_dtype(array, dtype))
         if data.size:
             yield data.data
+
+
+def groups_of(arrays: Sequence[StoredArray], dtype: Float | None, most: int) -> list[list[StoredArray]]:
+    """The arrays in their order, in groups of at most so many bytes; a larger one is a group of its own."""
+    groups: list[list[StoredArray]] = [[]]
+    size = 0
+    for array in arrays:
+        more = num_bytes(exported_dtype(array, dtype), array.shape)
+        if groups[-1] and size + more > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(array)
+        size += more
+    return groups
+
+
+def index_of(names: Sequence[str], groups: Sequence[Sequence[StoredArray]], dtype: Float | None) -> bytes:
+    """The index that the Hugging Face loaders read: which of the files `names` holds which array."""
+    where = {exported_name(array): name for name, group in zip(names, groups) for array in group}
+    total = sum(num_bytes(exported_dtype(array, dtype), array.shape) for group in groups for array in group)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
 
 
 def exported_name(array: StoredArray) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from trainfleet.checkpoint.export import safetensors_of
+from trainfleet.checkpoint.export import PRECISIONS, safetensors_of
 from trainfleet.checkpoint.manifest import ListedFile
 from trainfleet.checkpoint.names import Attempt
 from trainfleet.checkpoint.sealed import RunningDigest
@@ -17,7 +17,7 @@ from trainfleet.checkpoint.whole import whole_states
 from trainfleet.errors import CheckpointError, NotStored, StoreError
 from trainfleet.store import Buffer, Store
 
-Export: TypeAlias = Literal["float32", "bfloat16"]
+Export: TypeAlias = Literal["fp32", "bf16"]
 SaveFunction: TypeAlias = Callable[[dict[str, Any], int, Path], object]
 """(state, step, path): writes one further file at `path`, with any suffix, or a folder of files.
 
@@ -33,7 +33,7 @@ def further_files(
     """Store them beside the shards; what the manifest says of them."""
     found = []
     if export is not None:
-        chunks = safetensors_of(store, indexes, dtype=export)
+        chunks = safetensors_of(store, indexes, dtype=PRECISIONS[export])
         found.append(_stored(store, attempt.further(EXPORTED), chunks))
     if save_function is not None:
         with tempfile.TemporaryDirectory(prefix="trainfleet-save-") as folder:

@@ -19,9 +19,7 @@ MANIFEST = "manifest.json"
 DATA, INDEX, FAILED = ".safetensors", ".json", ".failed"
 
 _FOLDER = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(
-    r"([0-9a-f]{12})\.(\d+)-(?:\d{5,}-of-\d{5,}(?:\.safetensors|\.json|\.failed)|with-.+)", re.DOTALL
-)
+_FILE = re.compile(r"([0-9a-f]{12})\.(\d+)-(?:\d{5,}-of-\d{5,}(?:\.safetensors|\.json|\.failed)|with-.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

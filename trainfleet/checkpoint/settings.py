@@ -34,8 +34,8 @@ class CheckpointConfig:
     """Path or URL of the checkpoints. None: `checkpoints` in the run folder."""
     cast: bool = False
     """Go on in another precision than the one that was saved; floats of another dtype are rounded."""
-    export: Literal["float32", "bfloat16"] | None = None
-    """Write the model's weights as one safetensors file of this dtype with each checkpoint. None: do not."""
+    export: Literal["fp32", "bf16"] | None = None
+    """Write the model's weights as one safetensors file of this precision with each checkpoint. None: do not."""
     save_function: str | None = None
     """Import path of a function (state, step, path) that writes a further file with each checkpoint."""
     timeout_seconds: float = 600.0

@@ -71,6 +71,10 @@ class Whole:
             raise Damaged(f"{array.path}: not all of it is stored")
         return data
 
+    def read_own(self, array: StoredArray) -> Bytes:
+        """The same; of an array that each rank has of its own, that of rank 0."""
+        return self.read(array, rank=None if array.path in self._pieces or (array.path, 0) not in self._own else 0)
+
     def _read_into(self, held: _Held, array: StoredArray, whole: Region, data: Bytes) -> None:
         piece = held.piece
         file = self._file(held.rank)

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from trainfleet.cli import config, doctor, train, verify
+from trainfleet.cli import checkpoint, config, doctor, train, verify
 from trainfleet.errors import TrainfleetError
 
 # Plain help and plain tracebacks: rich costs 0.1 s of every start.
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("verify")(verify.verify)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.command("doctor")(doctor.doctor)
 

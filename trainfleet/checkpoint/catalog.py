@@ -1,0 +1,104 @@
+"""What stands in a store: which checkpoints, of what, how large, and whether they are whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainfleet.checkpoint.manifest import Manifest, read_indexes, read_manifest
+from trainfleet.checkpoint.names import MANIFEST, folder_of, steps_and_files
+from trainfleet.checkpoint.sealed import Damaged
+from trainfleet.checkpoint.shard import Index
+from trainfleet.checkpoint.tree import decode
+from trainfleet.errors import CheckpointError, StoreError
+from trainfleet.store import FileStore, Store, open_store
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One checkpoint, as its manifest and indexes tell; its arrays are not read."""
+
+    step: int
+    order: int | None = None
+    """The how manyeth commit of the store it is."""
+    saved_at: float | None = None
+    """Seconds since 1970 by the clock of rank 0."""
+    world_size: int | None = None
+    num_bytes: int | None = None
+    """Of all its files."""
+    metrics: Mapping[str, float] | None = None
+    metadata: Mapping[str, Any] | None = None
+    problem: str | None = None
+    """Why it cannot be used, as far as that shows without reading the arrays."""
+
+
+def open_place(place: str) -> tuple[Store, int | None]:
+    """The store that a person means by `place`, and the step if that is the folder of one.
+
+    A run folder, a folder of checkpoints, the folder of one step, or a store's URL. CheckpointError if there is none.
+    """
+    if "://" in place:
+        return open_store(place), None
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"There is no folder {path}. Name a run folder, its folder of checkpoints, or the folder of one step."
+        )
+    if (match := _STEP.fullmatch(path.resolve().name)) is not None:
+        return FileStore(path.resolve().parent), int(match[1])
+    return FileStore(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+
+
+def catalog(store: Store) -> list[Entry]:
+    """All checkpoints, by step, also unfinished and damaged ones."""
+    return [describe(store, step) for step in sorted(steps_and_files(store.names()))]
+
+
+def describe(store: Store, step: int) -> Entry:
+    """One checkpoint, or why it is none."""
+    try:
+        manifest = read_manifest(store, step)
+        indexes = read_indexes(store, manifest)
+        files = [*manifest.indexes, *manifest.files]
+        return Entry(
+            step=step,
+            order=manifest.order,
+            saved_at=manifest.saved_at or None,
+            world_size=manifest.attempt.world_size,
+            num_bytes=sum(file.num_bytes for file in files) + sum(index.data_bytes for index in indexes),
+            metrics=manifest.metrics,
+            metadata=decode(manifest.metadata, "metadata"),
+            problem=_missing_files(store, step, manifest, indexes),
+        )
+    except (Damaged, CheckpointError, StoreError) as error:
+        return Entry(step=step, problem="; ".join(str(error).split("\n")))
+
+
+def _missing_files(store: Store, step: int, manifest: Manifest, indexes: list[Index]) -> str | None:
+    there = set(store.names(folder_of(step) + "/"))
+    wanted = [*(file.name for file in manifest.files), *(index.data_name for index in indexes)]
+    missing = [name for name in wanted if name not in there]
+    return f"{', '.join(missing)}: missing" if missing else None
+
+
+def read_step(store: Store, step: int | None) -> tuple[Manifest, list[Index]]:
+    """Manifest and indexes of a step, of the newest commit if it is None; CheckpointError if they cannot be read."""
+    if step is None:
+        committed = [entry for entry in catalog(store) if entry.order is not None and entry.problem is None]
+        if not committed:
+            raise CheckpointError(f"There is no whole checkpoint in {store!r}.")
+        step = max(committed, key=lambda entry: entry.order or 0).step
+    steps = steps_and_files(store.names())
+    if MANIFEST not in steps.get(step, ()):
+        has = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"There is no checkpoint of step {step} in {store!r}; its steps are {has}.")
+    try:
+        manifest = read_manifest(store, step)
+        return manifest, read_indexes(store, manifest)
+    except Damaged as error:
+        raise CheckpointError(f"{folder_of(step)} in {store!r} is damaged: {error}") from error
