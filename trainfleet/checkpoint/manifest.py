@@ -20,7 +20,7 @@ from trainfleet.store import Store
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = (0.01, 0.5)  # first pause between two looks for the shards, and longest
+_POLL_SECONDS = (0.005, 0.5)  # shortest pause between two looks for the shards, and longest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,8 +225,8 @@ def check_whole(indexes: Sequence[Index]) -> None:
 
 
 def _wait_for_shards(store: Store, attempt: Attempt, timeout: timedelta) -> None:
-    deadline = time.monotonic() + timeout.total_seconds()
-    pause, longest = _POLL_SECONDS
+    begun = time.monotonic()
+    shortest, longest = _POLL_SECONDS
     while True:
         there = set(store.names(attempt.prefix))
         missing = [rank for rank in range(attempt.world_size) if attempt.stem(rank) + INDEX not in there]
@@ -236,11 +236,11 @@ def _wait_for_shards(store: Store, attempt: Attempt, timeout: timedelta) -> None
             if attempt.stem(rank) + FAILED in there:
                 told = json.loads(store.get(attempt.stem(rank) + FAILED))
                 raise CheckpointError(f"Step {attempt.step} was not saved: rank {rank} failed: {told['reason']}")
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > timeout.total_seconds():
             raise CheckpointError(
                 f"Step {attempt.step} was not saved: after {timeout.total_seconds():.0f} s the shards of ranks "
                 f"{missing} are not in {attempt.folder}. See whether these ranks live, whether all hosts see the same "
                 "folder, and whether the disk is slow; checkpoint.timeout_seconds is how long rank 0 waits."
             )
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
+        time.sleep(min(max(waited / 10, shortest), longest))  # a tenth late at most, however long it takes

@@ -44,6 +44,7 @@ class StagingMemory:
                 self._give_back = weakref.finalize(self, os.close, descriptor)
                 os.ftruncate(descriptor, size)
                 self._memory = mapped(descriptor, size)
+                self._memory[:: mmap.PAGESIZE] = 0  # populating leaves the first write of a shared page to the save
                 self.descriptor = descriptor
                 self.version += 1
             else:

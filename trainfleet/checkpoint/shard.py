@@ -28,7 +28,7 @@ from trainfleet.store import Buffer, OpenBytes, Store
 FORMAT = 1
 """The newest version of the format that this code reads, and the one it writes."""
 
-_CHUNK_BYTES = 4 << 20  # hashed and then written while still in the cache
+_CHUNK_BYTES = 1 << 20  # hashed and then written while still in the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,7 +76,15 @@ def with_local(array: DTensor, local: Tensor) -> DTensor:
 
 def offsets_in_whole(array: DTensor) -> tuple[int, ...]:
     """Where this rank's piece of a DTensor begins in the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    mesh = array.device_mesh
+    key = (array.shape, mesh.shape, tuple(mesh.get_coordinate() or ()), array.placements)
+    if key not in _OFFSETS:  # every save asks for each tensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offsets = compute_local_shape_and_global_offset(array.shape, array.device_mesh, array.placements)
-    return tuple(offsets)
+        _, offsets = compute_local_shape_and_global_offset(array.shape, mesh, array.placements)
+        _OFFSETS[key] = tuple(offsets)
+    return _OFFSETS[key]
+
+
+_OFFSETS: dict[Any, tuple[int, ...]] = {}
+"""By all that they depend on: shape of the whole and of the mesh, this rank's place in it, placements."""

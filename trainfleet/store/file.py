@@ -292,9 +292,13 @@ def _write_and_rename(path: Path, root: Path, data: Buffer | Iterable[Buffer]) -
     # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
     with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
         try:
-            size = 0
+            size = started = 0
             for chunk in chunks_of(data):
                 size += file.write(chunk)
+                if size - started >= _BUFFER_BYTES:
+                    file.flush()
+                    _start_writing(descriptor, started, size)
+                    started = size
             file.flush()
             os.fsync(descriptor)
             unfinished.replace(path)
@@ -302,6 +306,13 @@ def _write_and_rename(path: Path, root: Path, data: Buffer | Iterable[Buffer]) -
             _abandon(file, unfinished)
             raise
     return size
+
+
+def _start_writing(descriptor: int, begin: int, end: int) -> None:
+    """Let the device begin with these bytes while the next ones are made: fsync has less left to wait for."""
+    if hasattr(os, "posix_fadvise"):  # "not needed" makes Linux write at once what is not written yet
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _abandon(file: BinaryIO, unfinished: Path) -> None:

@@ -24,8 +24,10 @@ _MOST_BYTES = 2000
 class FileHold:
     """A lock on the file HOLD in `folder`, which says whose it is."""
 
+    _descriptor: int | None = None
+
     def __init__(self, folder: Path, patience: timedelta) -> None:
-        self._descriptor: int | None = os.open(folder / HOLD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(folder / HOLD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock(self._descriptor, folder, time.monotonic() + patience.total_seconds())
             with contextlib.suppress(OSError):  # a full disk: then it cannot say whose it is
