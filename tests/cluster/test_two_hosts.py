@@ -14,6 +14,9 @@ import pytest
 
 pytest.importorskip("torch", reason="two hosts need torch")
 
+import psutil
+from killed_run import STEPS, losses, same, states_at, write_job
+
 pytestmark = pytest.mark.cluster
 
 PORT = 29611
@@ -169,3 +172,37 @@ def test_a_recipe_trains_on_two_hosts(hosts, tmp_path):
     assert "finished" in out
     assert "step" not in other_out, "only rank 0 prints"
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
+def test_a_run_goes_on_after_the_ranks_of_one_host_were_killed(hosts, tmp_path):
+    """Twice: on the host where the ranks meet, and on the other."""
+    verb = [sys.executable, "-m", "trainfleet.cli.main", "train", "recipe.yaml"]
+    reference, job = tmp_path / "reference", tmp_path / "job"
+    for folder in (reference, job):
+        write_job(folder)
+    subprocess.run([*verb, "--nproc", "2"], cwd=reference, check=True, capture_output=True, timeout=120)
+
+    def command(node: int) -> list[str]:
+        where = ["--nnodes", "2", "--node-rank", str(node), "--rendezvous", f"{Hosts.addresses[0]}:{PORT + 4}"]
+        return ["env", "-C", str(job), *verb, "--nproc", "1", *where, "--max-restarts", "2"]
+
+    processes = [hosts.start(host, command(host)) for host in range(2)]
+    try:
+        for host, step in ((1, 10), (0, 40)):
+            await_step(job, step)
+            for child in psutil.Process(processes[host].pid).children():
+                child.kill()
+        ended = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert losses(job) == losses(reference)
+    assert same(states_at(job, STEPS), states_at(reference, STEPS))
+
+
+def await_step(job: Path, step: int) -> None:
+    ends = time.monotonic() + 90
+    while not any(int(path.name[5:]) >= step for path in (job / "run" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < ends, "the run does not come so far"
+        time.sleep(0.01)
