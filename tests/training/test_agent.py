@@ -33,3 +33,42 @@ def test_a_dollar_in_a_command_is_a_dollar(tmp_path: Path) -> None:
 def test_a_failing_rank_is_raised_by_name() -> None:
     with pytest.raises(RankFailed, match=r"Rank 0 of 1 on .* ended with exit code 7"):
         run_command(Job(nproc=1), ["sh", "-c", "exit 7"], threads=None)
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from trainfleet.training.failure import note_step, reported_failures
+
+starts = Path(sys.argv[1])
+count = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (count + 1))
+with reported_failures():
+    error = ValueError(sys.argv[2 + min(count, 1)])
+    note_step(error, 7)
+    raise error
+"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "starts", "said"),
+    [
+        (("no such key", "no such key"), 2, "failed twice in the same way after step 7, so it was not started again"),
+        (("<object at 0x7f01>", "<object at 0x7f02>"), 2, "failed twice in the same way"),
+        (("one", "another"), 3, "failed twice in the same way"),
+    ],
+)
+def test_the_same_error_at_the_same_step_twice_ends_the_run(
+    tmp_path: Path, messages: tuple[str, str], starts: int, said: str
+) -> None:
+    command = [sys.executable, "-c", FAILING, str(tmp_path / "starts"), *messages]
+    with pytest.raises(RankFailed, match=said):
+        run_command(Job(nproc=1, max_restarts=9), command, threads=None)
+    assert len((tmp_path / "starts").read_text()) == starts
+
+
+def test_ranks_that_were_killed_are_started_as_often_as_allowed(tmp_path: Path) -> None:
+    command = ["sh", "-c", f"echo >> {tmp_path / 'starts'}; kill -9 $$"]
+    with pytest.raises(RankFailed, match="was killed by SIGKILL"):
+        run_command(Job(nproc=1, max_restarts=3), command, threads=None)
+    assert len((tmp_path / "starts").read_text()) == 4

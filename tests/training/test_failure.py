@@ -18,6 +18,7 @@ from trainfleet.training.failure import (
     death_of,
     describe,
     failure_from_json,
+    leave_report,
     read_failures,
     reported_failures,
 )
@@ -86,3 +87,14 @@ def test_a_rank_of_ours_leaves_its_report_and_its_code(tmp_path: Path, monkeypat
         raise PlanError("no")
     assert ended.value.code == PlanError.exit_code
     assert [type(each) for each in read_failures(tmp_path)] == [Failure]
+
+
+def test_a_report_is_left_for_whoever_comes_later(tmp_path: Path) -> None:
+    failure = Failure(
+        rank=1, world_size=2, host="h", time=0.0, sentence="failed.", exit_code=1, hint="Look.", traceback="line 3"
+    )
+    path = leave_report(tmp_path, failure.error())
+    assert path == tmp_path / "failure.txt"
+    text = path.read_text()
+    assert "Rank 1 of 2 on h failed." in text and "Look." in text and "line 3" in text
+    assert leave_report(tmp_path / "nowhere", failure.error()) is None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,8 +16,19 @@ torch = pytest.importorskip("torch")
 from rank_pool import RankPools  # noqa: E402
 from torch import nn  # noqa: E402
 
+from trainfleet.checkpoint import Checkpointer  # noqa: E402
 from trainfleet.config import load_config  # noqa: E402
-from trainfleet.errors import CheckpointError, ConfigError, DataError, PlanError, TrainfleetError  # noqa: E402
+from trainfleet.errors import (  # noqa: E402
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PlanError,
+    StoreError,
+    TrainfleetError,
+)
+from trainfleet.events import CheckpointFailed, CheckpointSaved  # noqa: E402
+from trainfleet.monitor import read_metrics  # noqa: E402
+from trainfleet.store import FileStore  # noqa: E402
 from trainfleet.training import job  # noqa: E402
 from trainfleet.training.outcome import Outcome  # noqa: E402
 from trainfleet.training.recipe import Recipe  # noqa: E402
@@ -160,3 +174,99 @@ def test_check_says_what_would_be_trained_and_writes_nothing(tmp_path: Path) -> 
     assert "67 parameters" in lines
     assert "64 samples" in lines
     assert not (tmp_path / "run").exists()
+
+
+class Flaky:
+    """A step function that fails where it is told to, and remembers nothing of it."""
+
+    failures: ClassVar[list[tuple[int, str]]] = []
+
+    def __call__(self, engine: Any, micro_batches: Any) -> Any:
+        if self.failures and engine.steps == self.failures[0][0]:
+            raise ValueError(self.failures.pop(0)[1])
+        return engine.forward_backward(micro_batches)
+
+
+flaky = Flaky()
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_run_of_one_process_goes_on_after_errors_that_do_not_repeat(tmp_path: Path) -> None:
+    job.run(recipe(tmp_path / "plain"))
+    Flaky.failures = [(3, "one"), (5, "two"), (5, "three")]
+    trying = {"max_retries": 3, "step_fn": f"{__name__}:flaky"}
+    assert job.run(recipe(tmp_path / "run", train=trying)).reason == "finished"
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("failures", "retries", "left"),
+    [([(3, "one"), (3, "one"), (3, "x")], 9, 1), ([(3, "a"), (3, "b"), (3, "c")], 2, 0)],
+)
+def test_the_same_error_at_the_same_step_is_not_tried_a_third_time(
+    tmp_path: Path, failures: list[tuple[int, str]], retries: int, left: int
+) -> None:
+    Flaky.failures = failures
+    with pytest.raises(ValueError, match=r"^(one|c)$"):
+        job.run(recipe(tmp_path, train={"max_retries": retries, "step_fn": f"{__name__}:flaky"}))
+    assert len(Flaky.failures) == left
+
+
+def test_a_second_run_in_one_folder_is_told_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.run(recipe(tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    hold = FileStore(tmp_path / "run").hold()
+    monkeypatch.setattr(FileStore.hold, "__defaults__", (timedelta(0),))
+    for choice in ("auto", "never"):
+        with pytest.raises(StoreError, match=rf"{tmp_path / 'run'} is in use by process \d+ on"):
+            job.run(recipe(tmp_path / "run", checkpoint={"resume": choice}))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and not (tmp_path / "run.1").exists()
+    hold.close()
+    assert job.run(recipe(tmp_path / "run", checkpoint={"resume": "never"})).reason == "finished"
+
+
+def test_the_best_is_kept_by_the_loss_of_its_evaluation(tmp_path: Path) -> None:
+    saving = {"every": 1, "keep_last": 1, "keep_best": 1}
+    job.run(recipe(tmp_path, train={"evaluate_every": 1, "steps": 6}, checkpoint=saving, optimizer={"lr": 3.0}))
+    evaluations = {row["step"]: row["loss"] for row in events(tmp_path, "Evaluated")}
+    best = min(evaluations, key=lambda step: (evaluations[step], -step))
+    assert {int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*")} == {best, 6}
+
+
+def test_a_small_disk_that_fills_up_costs_saves_and_no_step(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]):
+        pytest.skip("A small file system could not be mounted: that needs root and the right to mount.")
+    try:
+        Disk.filler, Disk.failed = disk / "filler", 0
+        wide = {"model": {"name": f"{__name__}:Net", "args": {"width": 900}}}  # 90 kB a checkpoint
+        saving = {"folder": str(disk / "checkpoints"), "every": 2, "keep_last": 2}
+        slow = {"steps": 10, "evaluate_every": None, "observers": [f"{__name__}:Disk"]}
+        assert job.run(recipe(tmp_path / "run", **wide, checkpoint=saving, train=slow)).reason == "finished"
+        assert [row["step"] for row in events(tmp_path / "run", "CheckpointSaved")] == [2, 8, 10]
+        failed = events(tmp_path / "run", "CheckpointFailed")
+        assert [row["step"] for row in failed] == [4, 6] and all("the disk is full" in row["reason"] for row in failed)
+        assert len(losses(tmp_path / "run")) == 10
+        checkpointer = Checkpointer(FileStore(disk / "checkpoints"))
+        assert [checkpointer.verify(step) for step in checkpointer.steps()] == [[], []]
+    finally:
+        subprocess.check_call(["umount", str(disk)])
+
+
+class Disk:
+    """Fills the disk after the first save, and makes room after two that failed."""
+
+    filler: ClassVar[Path]
+    failed: ClassVar[int]
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == 2:
+            self.filler.write_bytes(bytes(300_000))
+        if isinstance(event, CheckpointFailed):
+            Disk.failed += 1
+            if self.failed == 2:
+                self.filler.unlink()
