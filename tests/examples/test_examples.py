@@ -65,6 +65,23 @@ def test_own_callback_tells_its_own_metric(tmp_path: Path) -> None:
     assert re.search(r"track +100/100 +images 3200", run(python("own_callback.py"), tmp_path))
 
 
+def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path: Path) -> None:
+    said = run(python("resume.py"), tmp_path)
+    assert said.count("by SIGKILL") == 2 and "60 losses, equal to the bit: True" in said
+
+
+def test_a_loop_without_torch_goes_on_and_keeps_its_farthest(tmp_path: Path) -> None:
+    lines = run(python("own_state.py"), tmp_path).splitlines()
+    assert lines[0] == "begins at step 0" and lines[2] == "begins at step 50"
+    assert lines[1].endswith("40, 50]") and lines[3].endswith("90, 100]")
+
+
+def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> None:
+    said = run(python("export.py"), tmp_path)
+    right = re.search(r"(\d+)% of the held-out digits", said)
+    assert right is not None and int(right[1]) > 80
+
+
 def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
