@@ -7,7 +7,7 @@ import pytest
 
 from trainfleet.checkpoint import Checkpointer, Retention
 from trainfleet.comm.threads import run_ranks
-from trainfleet.errors import CheckpointError
+from trainfleet.errors import CheckpointError, ConfigError
 from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore, MemoryStore
 
@@ -31,6 +31,7 @@ def as_folder(state, step, path):
     (path / "deep").mkdir(parents=True)
     np.save(path / "deep" / "w.npy", state["m"]["w"])
     (path / "step").write_text(str(step))
+    (path / "deep-w").write_text("another file")
 
 
 def failing(state, step, path):
@@ -42,7 +43,8 @@ def nothing(state, step, path):
 
 
 def further(folder):
-    return sorted(path.name.partition("-with-")[2] for path in folder.rglob("*-with-*"))
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name.partition("-with-")[2] for name in names if "-with-" in name)
 
 
 def test_it_gets_whole_arrays_from_any_number_of_ranks():
@@ -62,14 +64,34 @@ def test_a_folder_is_committed_file_by_file(tmp_path):
     with Checkpointer(FileStore(tmp_path), save_function=as_folder) as checkpointer:
         checkpointer.save(1, m=Held(w=np.arange(3))).wait()
         assert checkpointer.verify(1) == []
-    assert further(tmp_path) == ["custom-deep-w.npy", "custom-step"]
+    assert further(tmp_path) == ["custom/deep-w", "custom/deep/w.npy", "custom/step"]
 
 
-def test_what_it_wrote_goes_with_its_checkpoint(tmp_path):
-    with Checkpointer(FileStore(tmp_path), retention=Retention(last=1), save_function=as_text) as checkpointer:
+@pytest.mark.parametrize(
+    ("function", "files"),
+    [(as_text, ["custom.txt"]), (as_folder, ["custom/deep-w", "custom/deep/w.npy", "custom/step"])],
+)
+def test_what_it_wrote_goes_with_its_checkpoint(tmp_path, function, files):
+    with Checkpointer(FileStore(tmp_path), retention=Retention(last=1), save_function=function) as checkpointer:
         for step in (1, 2, 2):
             checkpointer.save(step, m=Held(w=np.arange(3))).wait()
-    assert further(tmp_path) == ["custom.txt"]
+    assert further(tmp_path) == files and len([*tmp_path.iterdir()]) == 2, "the step and what bears the hold"
+
+
+def test_a_checkpoint_whose_further_file_is_damaged_is_not_whole(tmp_path):
+    with Checkpointer(FileStore(tmp_path), save_function=as_text) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, m=Held(w=np.arange(3))).wait()
+    (file,) = (tmp_path / "step-00000002").glob("*-with-custom.txt")
+    file.write_text(file.read_text().replace("0", "9"))
+    checkpointer, live = Checkpointer(FileStore(tmp_path)), Held(w=np.zeros(3, int))
+    assert checkpointer.restore(m=live) == 1
+    assert checkpointer.problems == [f"step-00000002/{file.name}: does not match its digest in the manifest"]
+
+
+def test_an_export_nobody_knows_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"export is 'fp8'; use .*fp32.*bf16"):
+        Checkpointer(MemoryStore(), export="fp8")
 
 
 @pytest.mark.parametrize(

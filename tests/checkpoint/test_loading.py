@@ -113,9 +113,17 @@ def parts(rank, size, step):
     }
 
 
+def as_text(state, step, path):
+    path.with_suffix(".txt").write_text(str(state["model"]["w"]))
+
+
 def make_two_checkpoints(folder):
+    """Of three shards each, an export and a file that a save function wrote."""
+
     def save(group):
-        with Checkpointer(FileStore(folder), group=group, retention=Retention(last=9)) as checkpointer:
+        with Checkpointer(
+            FileStore(folder), group=group, retention=Retention(last=9), export="bf16", save_function=as_text
+        ) as checkpointer:
             for step in (10, 20):
                 checkpointer.save(step, metadata={"recipe": "x"}, **parts(group.rank, 3, step)).wait()
 

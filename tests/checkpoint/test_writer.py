@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +17,10 @@ import psutil
 import pytest
 
 from trainfleet.checkpoint import Checkpointer
-from trainfleet.checkpoint.writer import CAN_RUN
+from trainfleet.checkpoint.writer import CAN_RUN, Writer, WriterLost
+from trainfleet.comm.threads import run_ranks
 from trainfleet.errors import CheckpointError
+from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore, MemoryStore
 
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="this system has no writer processes: no memfd or no pidfd")
@@ -176,3 +180,98 @@ def test_the_memory_can_be_had_before_the_first_save(tmp_path):
         assert checkpointer._memory.num_bytes >= 8000 and writer_of(checkpointer)
         assert not checkpointer.has_checkpoint()
         checkpointer.save(1, m=Held(w=np.zeros(1000))).wait()
+
+
+FORKING = """
+import os, sys, time
+import numpy as np
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.store import FileStore
+
+class Held:
+    def state_dict(self):
+        return {"w": np.zeros(10)}
+    def load_state_dict(self, state): ...
+
+checkpointer = Checkpointer(FileStore(sys.argv[1]))
+checkpointer.save(1, m=Held()).wait()
+child = os.fork()  # as a loader of data forks its workers
+if not child:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+if sys.argv[2] == "close":
+    begun = time.monotonic()
+    checkpointer.close()
+    print(child, time.monotonic() - begun, flush=True)
+else:
+    print(child, 0, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_children_that_the_rank_forked_keep_neither_writer_nor_store(tmp_path, end):
+    rank = subprocess.Popen([sys.executable, "-c", FORKING, str(tmp_path), end], stdout=subprocess.PIPE, text=True)
+    child, seconds = rank.stdout.readline().split()
+    try:
+        assert float(seconds) < 2
+        if end == "kill":
+            rank.kill()
+        rank.communicate(timeout=20)
+        FileStore(tmp_path).hold(timedelta(seconds=2)).close()
+        assert psutil.pid_exists(int(child)), "the child lived on while the store was held again"
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_writer_that_cannot_wait_for_its_rank_looks_for_it(tmp_path, monkeypatch):
+    """As in a sandbox without pidfd."""
+    folder = tmp_path / "patched"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import os\ndel os.pidfd_open\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    # The child has the socket too, so that this tells the writer nothing.
+    test_children_that_the_rank_forked_keep_neither_writer_nor_store(tmp_path / "store", "kill")
+
+
+def test_without_memory_or_processes_a_save_says_so_and_nothing_is_left(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    opened = descriptors()
+    with Checkpointer(FileStore(tmp_path)) as checkpointer:
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(CheckpointError, match=r"no memory .* Too many open"),
+        ):
+            patched.setattr(os, "memfd_create", refuse)
+            checkpointer.save(1, m=Held(w=np.zeros(10)))
+        with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="could not be started"):
+            patched.setattr(subprocess, "Popen", refuse)
+            checkpointer.save(2, m=Held(w=np.zeros(10)))
+        checkpointer.save(3, m=Held(w=np.zeros(10))).wait(SHORT)
+        assert checkpointer.steps() == [3]
+    assert descriptors() == opened
+
+
+def test_a_rank_whose_writer_is_lost_after_its_shard_stands_takes_nothing_back(tmp_path, monkeypatch, caplog):
+    """Rank 0 may have published it."""
+    lost = threading.Event()
+
+    def write(self, order, memory, timeout, write=Writer.write):
+        write(self, order, memory, timeout)
+        if order.rank == 1:
+            lost.set()
+            raise WriterLost("its writer process was killed by SIGKILL.")
+
+    monkeypatch.setattr(Writer, "write", write)
+
+    def save(group):
+        with Checkpointer(FileStore(tmp_path), group=group, timeout=SHORT) as checkpointer:
+            piece = ShardedArray(name="w", global_shape=(4,), offsets=(2 * group.rank,), local=np.full(2, group.rank))
+            checkpointer.save(1, m=Held(w=piece)).wait(SHORT)
+
+    run_ranks(2, save)
+    assert lost.is_set() and "All is stored, but the writer was lost" in caplog.text
+    assert Checkpointer(FileStore(tmp_path)).verify(1) == []

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from trainfleet.checkpoint.further import Export, SaveFunction
 from trainfleet.checkpoint.memory import StagingMemory
@@ -18,11 +18,11 @@ from trainfleet.checkpoint.restore import Restore, read_metadata, verify
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.checkpoint.save import Save
 from trainfleet.checkpoint.staging import reserve, stage
-from trainfleet.checkpoint.tidy import abandon, is_published, remove_checkpoint
+from trainfleet.checkpoint.tidy import abandon, is_done, remove_checkpoint
 from trainfleet.checkpoint.tree import encode
 from trainfleet.checkpoint.writer import CAN_RUN, Writer, WriterLost
 from trainfleet.comm.group import DEADLINE, Group
-from trainfleet.errors import CheckpointError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, StoreError
 from trainfleet.state import Stateful
 from trainfleet.store import FileStore, Hold, Store
 
@@ -59,6 +59,8 @@ class Checkpointer:
         export: Export | None = None,
         save_function: SaveFunction | None = None,
     ) -> None:
+        if export is not None and export not in get_args(Export):
+            raise ConfigError(f"export is {export!r}; use {' or '.join(map(repr, get_args(Export)))}, or None for no export.")
         self._store = store
         self._retention = retention or Retention()
         self._group = group
@@ -172,8 +174,8 @@ class Checkpointer:
         try:
             self._writer.write(order, self._memory, 2 * self._timeout)
         except WriterLost as error:
-            if self._rank == 0 and is_published(self._store, order.attempt):
-                logger.warning("Step %d is saved, but: %s", order.attempt.step, error)
+            if is_done(self._store, order.attempt, self._rank):
+                logger.warning("All is stored, but the writer was lost after that: %s", error)
                 return
             abandon(self._store, order.attempt, self._rank, str(error))
             raise

@@ -46,7 +46,7 @@ def further_files(
             if not written:
                 raise CheckpointError("The save function wrote nothing at the path it was given; write a file there.")
             for file in written:
-                name = "-".join(file.relative_to(folder).parts)
+                name = file.relative_to(folder).as_posix()
                 found.append(_stored(store, attempt.further(name), _bytes_of(file)))
     return found
 

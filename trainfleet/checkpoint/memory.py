@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 
 from trainfleet.checkpoint.arrays import Bytes
+from trainfleet.errors import CheckpointError
 
 CAN_BE_SHARED = hasattr(os, "memfd_create")
 """Whether this system has memory that another process can map by a descriptor."""
@@ -39,19 +40,25 @@ class StagingMemory:
     def reserve(self, size: int) -> Bytes:
         if size > self._memory.size:
             self.close()  # give the old one back before asking for more
-            if self._shared:
-                descriptor = os.memfd_create("trainfleet-checkpoint", os.MFD_CLOEXEC)
-                self._give_back = weakref.finalize(self, os.close, descriptor)
-                os.ftruncate(descriptor, size)
-                self._memory = mapped(descriptor, size)
-                self._memory[:: mmap.PAGESIZE] = 0  # populating leaves the first write of a shared page to the save
-                self.descriptor = descriptor
-                self.version += 1
-            else:
-                self._memory = np.empty(size, np.uint8)
-                self._memory[:] = 0  # np.zeros would leave the pages to the first save
+            try:
+                self._memory = self._shared_memory(size) if self._shared else np.empty(size, np.uint8)
+            except (OSError, MemoryError) as error:
+                self.close()
+                raise CheckpointError(
+                    f"There is no memory for a copy of {size:,} bytes, which a save needs: {error}.",
+                    hint="Free memory of this host, or spread the state over more ranks.",
+                ) from error
+            self._memory[:: mmap.PAGESIZE] = 0  # or the first save would wait for each page
             self._is_pinned = _pin(self._memory)
         return self._memory[:size]
+
+    def _shared_memory(self, size: int) -> Bytes:
+        descriptor = os.memfd_create("trainfleet-checkpoint", os.MFD_CLOEXEC)
+        self._give_back = weakref.finalize(self, os.close, descriptor)
+        os.ftruncate(descriptor, size)
+        self.descriptor = descriptor
+        self.version += 1
+        return mapped(descriptor, size)
 
     def close(self) -> None:
         """Give it back."""

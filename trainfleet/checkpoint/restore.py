@@ -87,6 +87,8 @@ class Restore:
             verdict |= {"wrong": loading.misfits.wrong, "surplus": loading.misfits.surplus}
             if not loading.misfits.wrong:
                 loading.read(self._store, world_size=self._world_size)
+                if problems := verify_further(self._store, manifest.files[self._rank :: self._world_size]):
+                    raise Damaged("\n".join(problems))
         except (Damaged, StoreError) as error:
             verdict["damage"] = str(error).split("\n")
         except Exception as error:  # a rank that leaves here would leave the others waiting

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 def abandon(store: Store, attempt: Attempt, rank: int, reason: str) -> None:
     """Give back the room that a failed attempt took, and tell rank 0 why it need not wait. Best effort.
 
-    Rank 0 gives up the attempt for all ranks; should its manifest stand already, that goes first.
+    Rank 0 gives up the attempt for all ranks; should its manifest stand already, that goes first. Another rank whose
+    index stands leaves its files alone: rank 0 may have published them. If not, the next save clears them.
     """
     try:
         if rank == 0:
@@ -27,9 +28,8 @@ def abandon(store: Store, attempt: Attempt, rank: int, reason: str) -> None:
                 store.delete(manifest_of(attempt.step))
             for name in store.names(attempt.prefix):
                 store.delete(name)
-        else:
-            for suffix in (DATA, INDEX):
-                store.delete(attempt.stem(rank) + suffix)
+        elif not store.exists(attempt.stem(rank) + INDEX):
+            store.delete(attempt.stem(rank) + DATA)
             store.put(attempt.stem(rank) + FAILED, json.dumps({"rank": rank, "reason": reason}).encode())
     except StoreError as error:
         logger.warning("After the failed save of step %d: %s", attempt.step, error)
@@ -40,6 +40,16 @@ def is_published(store: Store, attempt: Attempt) -> bool:
     try:
         return read_manifest(store, attempt.step).attempt == attempt
     except (Damaged, CheckpointError, StoreError):
+        return False
+
+
+def is_done(store: Store, attempt: Attempt, rank: int) -> bool:
+    """Whether this rank's part in an attempt is done, as far as the store tells."""
+    if rank == 0:
+        return is_published(store, attempt)
+    try:
+        return store.exists(attempt.stem(rank) + INDEX)
+    except StoreError:
         return False
 
 

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -33,10 +34,11 @@ from trainfleet.store import open_store
 
 logger = logging.getLogger(__name__)
 
-CAN_RUN = CAN_BE_SHARED and hasattr(os, "pidfd_open")
-"""Whether this system has what a writer process needs: Linux since 5.3."""
+CAN_RUN = CAN_BE_SHARED
+"""Whether this system has what a writer process needs: Linux."""
 
 _END_SECONDS = 5.0
+_WATCH_SECONDS = 0.5  # between two looks for the parent, where it cannot be waited for
 _LENGTH = struct.Struct("<Q")
 _START = "import sys; sys.path[0] = sys.argv[1]; from trainfleet.checkpoint.writer import serve; serve(*sys.argv[2:])"
 
@@ -70,9 +72,18 @@ class Writer:
             descriptors = [theirs.fileno(), *([] if hold is None else [hold])]
             root = str(Path(__file__).parents[2])
             command = [sys.executable, "-c", _START, root, str(theirs.fileno()), str(os.getpid()), self._address]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=descriptors
-            )
+            try:
+                # In a session of its own, the terminal's Ctrl-C and Ctrl-Z do not reach it, not even while it starts.
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=descriptors,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                ours.close()
+                raise CheckpointError(f"The process that writes checkpoints could not be started: {error}.") from error
         self._socket, self._mapped = ours, 0
         self._end = weakref.finalize(self, _end, self._process, ours)
 
@@ -115,12 +126,15 @@ class Writer:
 
 
 def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
-    ours.close()  # an idle writer ends at that by itself
+    with contextlib.suppress(OSError):
+        ours.shutdown(socket.SHUT_RDWR)  # an idle writer ends at that, even if forked children share the socket
+    ours.close()
     try:
         process.wait(_END_SECONDS if process.poll() is None and not _is_stopped(process.pid) else 0)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel may keep one that waits for a hung disk
+            process.wait(_END_SECONDS)
 
 
 def _is_stopped(pid: int) -> bool:
@@ -142,9 +156,9 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
 
 def serve(descriptor: str, parent: str, address: str) -> None:
     """Carry out orders until the socket is closed. Runs in the writer process."""
-    # Ctrl-C and SIGTERM go to all processes of a run: the rank decides when its saves are over.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A launcher may send these to all processes of a run: the rank decides when its saves are over.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _die_with(int(parent))
     store = open_store(address)
     told = _Warnings()
@@ -170,19 +184,21 @@ def serve(descriptor: str, parent: str, address: str) -> None:
 
 def _die_with(parent: int) -> None:
     """End this process at once when `parent` is dead."""
-    try:
+    watched: int | None = None
+    with contextlib.suppress(OSError, AttributeError):  # not in every sandbox, and not before Linux 5.3
         watched = os.pidfd_open(parent)
-    except ProcessLookupError:
-        os._exit(0)
-    if os.getppid() != parent:
-        os._exit(0)
 
     def watch() -> None:
-        poll = select.poll()
-        poll.register(watched, select.POLLIN)
-        poll.poll()
+        if watched is not None:
+            poll = select.poll()
+            poll.register(watched, select.POLLIN)
+            poll.poll()
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
         os._exit(0)
 
+    if os.getppid() != parent:  # it died before it could be watched, and the number may be another's
+        os._exit(0)
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 

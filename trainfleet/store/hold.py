@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import shlex
 import sys
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from trainfleet.errors import StoreError
 HOLD = ".held"
 """The file that bears the lock. It is no stored name, and stays when nobody holds."""
 
+_held: weakref.WeakSet[FileHold] = weakref.WeakSet()
 _PAUSE_SECONDS = 0.05
 _MOST_BYTES = 2000
 
@@ -36,6 +39,8 @@ class FileHold:
         except BaseException:
             self.close()
             raise
+        _let_go_in_children()
+        _held.add(self)
 
     @staticmethod
     def _lock(descriptor: int, folder: Path, deadline: float) -> None:
@@ -65,6 +70,17 @@ class FileHold:
 
     def __del__(self) -> None:
         self.close()
+
+
+@functools.cache
+def _let_go_in_children() -> None:
+    """A forked child, such as a worker that loads data, must not go on holding when this process is killed."""
+
+    def let_go() -> None:
+        for hold in list(_held):
+            hold.close()
+
+    os.register_at_fork(after_in_child=let_go)
 
 
 def this_process() -> str:
