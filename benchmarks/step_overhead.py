@@ -30,9 +30,9 @@ from measuring.table import RESULTS, Report, Table
 
 HAND, AGAIN, OURS = "by hand", "by hand, again", "trainfleet"
 SETTINGS: dict[str, dict[str, int]] = {
-    "small/1": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 20},
+    "small/1": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 50},
     "tiny/1": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
-    "small/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 20},
+    "small/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "block": 50},
     "tiny/2": {"width": 32, "depth": 2, "samples": 2, "length": 64, "block": 100},
     "zero2/2": {"width": 160, "depth": 3, "samples": 4, "length": 256, "accumulation": 2, "block": 30},
 }
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--no-rivals", action="store_true", help="leave the libraries of others out")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", default="", help="only settings whose name contains this, such as tiny/2")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
