@@ -60,7 +60,8 @@ class Checkpointer:
         save_function: SaveFunction | None = None,
     ) -> None:
         if export is not None and export not in get_args(Export):
-            raise ConfigError(f"export is {export!r}; use {' or '.join(map(repr, get_args(Export)))}, or None for no export.")
+            known = " or ".join(map(repr, get_args(Export)))
+            raise ConfigError(f"export is {export!r}; use {known}, or None for no export.")
         self._store = store
         self._retention = retention or Retention()
         self._group = group
