@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.catalog import read_step
@@ -14,16 +15,6 @@ from trainfleet.checkpoint.whole import Whole
 from trainfleet.comm.threads import run_ranks
 from trainfleet.state import PerRank, Setting, ShardedArray
 from trainfleet.store import MemoryStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state): ...
 
 
 def saved(ranks=1, **value):

@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.export import safetensors_of
@@ -19,17 +20,6 @@ from trainfleet.store import FileStore, MemoryStore
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
 
 WEIGHT = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def saved(store, size=2, **more):

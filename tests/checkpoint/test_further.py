@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer, Retention
 from trainfleet.comm.threads import run_ranks
 from trainfleet.errors import CheckpointError, ConfigError
 from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore, MemoryStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def as_text(state, step, path):

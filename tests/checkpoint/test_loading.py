@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from held import Held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,19 +16,6 @@ from trainfleet.comm.threads import run_ranks
 from trainfleet.errors import CheckpointError
 from trainfleet.state import PerRank, ShardedArray
 from trainfleet.store import FileStore, MemoryStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-        self.loads = 0
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
-        self.loads += 1
 
 
 def boxes(shape, cuts):

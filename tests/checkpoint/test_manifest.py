@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.sealed import seal
@@ -16,21 +17,6 @@ from trainfleet.state import ShardedArray
 from trainfleet.store import MemoryStore
 
 SHORT = timedelta(seconds=20)
-
-
-class Held:
-    """A Stateful that hands out `value` and keeps what it is given."""
-
-    def __init__(self, **value):
-        self.value = value
-        self.loads = 0
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
-        self.loads += 1
 
 
 def pieces_of(whole, rank, size):

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.restore import surplus_files
 from trainfleet.errors import CheckpointError
 from trainfleet.state import Setting, ShardedArray
 from trainfleet.store import MemoryStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def saved(**value):

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from datetime import timedelta
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer, Save
 from trainfleet.comm.threads import run_ranks
 from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.store import MemoryStore
 
-
-class Held:
-    """A Stateful that hands out `value` and keeps what it is given."""
-
-    def __init__(self, **value):
-        self.value = value
-        self.loads = 0
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
-        self.loads += 1
+SHORT = timedelta(seconds=20)
 
 
 class Broken(MemoryStore):
@@ -142,3 +131,30 @@ def test_an_unforeseen_error_is_told_too():
     save = Save(3, "there", lambda: assert_true(1 / 0), num_bytes=0, blocked=second, timeout=second)
     with pytest.raises(CheckpointError, match="Step 3 was not saved: division by zero"):
         save.wait()
+
+
+class Slow(MemoryStore):
+    """A store that takes its time."""
+
+    def put(self, name, data):
+        time.sleep(0.3 if name.endswith(".safetensors") else 0)
+        return super().put(name, data)
+
+
+def test_a_slow_disk_holds_up_the_next_save_alone():
+    with Checkpointer(Slow()) as checkpointer:
+        first = checkpointer.save(1, m=Held(w=np.zeros(1000)))
+        assert not first.done and first.blocked < timedelta(seconds=0.1)
+        second = checkpointer.save(2, m=Held(w=np.zeros(1000)))
+        assert first.done and timedelta(seconds=0.15) < second.blocked < timedelta(seconds=2)
+    assert checkpointer.steps() == [1, 2]
+
+
+def test_a_disk_too_slow_costs_saves_and_never_the_ones_under_way():
+    with Checkpointer(Slow(), timeout=timedelta(seconds=0.05)) as checkpointer:
+        first = checkpointer.save(1, m=Held(w=np.zeros(1000)))
+        with pytest.raises(CheckpointError, match=r"The save of step 1 .* is not done after 0 s"):
+            checkpointer.save(2, m=Held(w=np.ones(1000)))
+        first.wait(SHORT)
+        assert checkpointer.steps() == [1] and checkpointer.verify(1) == []
+        checkpointer.save(3, m=Held(w=np.ones(1000))).wait(SHORT)

@@ -7,21 +7,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = state
 
 
 def data_file(folder, **value):

@@ -2,23 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint.memory import StagingMemory
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.staging import stage
 from trainfleet.errors import CheckpointError
 from trainfleet.state import PerRank, ShardedArray
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = state
 
 
 def piece(replica=0, length=3):

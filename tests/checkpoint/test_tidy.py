@@ -12,21 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer, Retention
+from trainfleet.checkpoint.sealed import seal
 from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.store import HOLD, FileStore, MemoryStore
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def state(step, length=1000):
@@ -251,3 +242,53 @@ def test_a_store_that_cannot_delete_fails_no_save(caplog):
         checkpointer.save(2, m=state(2)).wait()
     assert checkpointer.steps() == [1, 2]
     assert "Could not remove old checkpoints: Cannot delete" in caplog.text
+
+
+def test_a_clock_that_goes_backwards_confuses_nothing(monkeypatch):
+    store, clock = MemoryStore(), iter(range(2_000_000_000, 0, -400_000_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    with Checkpointer(store, retention=Retention(last=2)) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, m=state(step)).wait()
+    assert checkpointer.steps() == [2, 3]
+    assert Checkpointer(store).restore(m=state(0)) == 3
+
+
+def test_a_checkpoint_of_a_newer_version_is_neither_removed_nor_passed_over():
+    store = MemoryStore()
+    with Checkpointer(store) as checkpointer:
+        checkpointer.save(1, m=state(1)).wait()
+    body = json.loads(store.get("step-00000001/manifest.json"))
+    del body["digest"], body["kind"]
+    store.put("step-00000001/manifest.json", seal("manifest", {**body, "format": 99}))
+    before = store.names()
+    with Checkpointer(store, retention=Retention(last=1)) as checkpointer:
+        for step in (2, 3):
+            checkpointer.save(step, m=state(step)).wait()
+    assert set(before) < set(store.names()) and checkpointer.steps() == [1, 3]
+    with pytest.raises(CheckpointError, match="has format 99, and this trainfleet reads formats up to 1"):
+        Checkpointer(store).restore(m=state(0))
+
+
+def test_the_only_whole_one_outlives_saves_that_fail():
+    """Whatever the retention says: it removes after a commit, never before."""
+
+    class Full(MemoryStore):
+        is_full = False
+
+        def put(self, name, data):
+            if self.is_full and name.endswith("manifest.json"):
+                raise StoreError("Cannot store: the disk is full.")
+            return super().put(name, data)
+
+    store = Full()
+    with Checkpointer(store, retention=Retention(last=1)) as checkpointer:
+        checkpointer.save(1, m=state(1)).wait()
+        store.is_full = True
+        for step in (2, 3, 4):
+            with pytest.raises(CheckpointError, match="full"):
+                checkpointer.save(step, m=state(step)).wait()
+        assert checkpointer.steps() == [1] and checkpointer.verify(1) == []
+        store.is_full = False
+        checkpointer.save(5, m=state(5)).wait()
+    assert checkpointer.steps() == [5] and checkpointer.verify(5) == []

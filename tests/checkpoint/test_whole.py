@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.manifest import read_indexes, read_manifest
@@ -15,17 +16,6 @@ from trainfleet.store import MemoryStore
 
 ROWS = np.arange(30.0, dtype=np.float32).reshape(10, 3)
 COLUMNS = np.arange(24, dtype=np.int16).reshape(4, 6)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def cut(whole, dim, rank, size):

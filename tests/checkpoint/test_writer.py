@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,28 +18,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from held import Held
 
-from trainfleet.checkpoint import Checkpointer
+from trainfleet.checkpoint import Checkpointer, Retention
 from trainfleet.checkpoint.writer import CAN_RUN, Writer, WriterLost
 from trainfleet.comm.threads import run_ranks
-from trainfleet.errors import CheckpointError
+from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore, MemoryStore
 
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="this system has no writer processes: no memfd or no pidfd")
 
 SHORT = timedelta(seconds=20)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def children():
@@ -275,3 +268,90 @@ def test_a_rank_whose_writer_is_lost_after_its_shard_stands_takes_nothing_back(t
     run_ranks(2, save)
     assert lost.is_set() and "All is stored, but the writer was lost" in caplog.text
     assert Checkpointer(FileStore(tmp_path)).verify(1) == []
+
+
+def saves_under_fire(folder, seed):
+    """Two ranks save eight times while writers are killed at random moments; per rank, the steps that went well."""
+    chosen = random.Random(seed)
+    pids, over = {}, threading.Event()
+
+    def shoot():
+        while not over.wait(chosen.random() * 0.15):
+            rank = chosen.randrange(2)
+            with contextlib.suppress(KeyError, ProcessLookupError):
+                os.kill(pids[rank], signal.SIGKILL)
+
+    def save(group):
+        whole, good = np.arange(60_000.0), []
+        with Checkpointer(FileStore(folder), retention=Retention(last=99), group=group, timeout=SHORT) as checkpointer:
+            for step in range(1, 10):
+                if step == 9:
+                    over.set()  # the last one is left in peace
+                    group.barrier()
+                half = whole[30_000 * group.rank :][:30_000] + step
+                piece = ShardedArray(name="w", global_shape=(60_000,), offsets=(30_000 * group.rank,), local=half)
+                under_way = checkpointer.save(step, m=Held(w=piece, step=step))
+                pids[group.rank] = writer_of(checkpointer)
+                try:
+                    under_way.wait(SHORT)
+                    good.append(step)
+                except CheckpointError as error:
+                    assert re.search(f"Step {step} was not saved: .*(was killed by SIGKILL|rank 1 failed)", str(error))
+        return good
+
+    shooter = threading.Thread(target=shoot)
+    shooter.start()
+    try:
+        return run_ranks(2, save)
+    finally:
+        over.set()
+        shooter.join()
+
+
+def check_fire(folder, seed):
+    good, _ = saves_under_fire(folder, seed)
+    checkpointer = Checkpointer(FileStore(folder))
+    assert good == checkpointer.steps(), "what rank 0 was told is what stands"
+    assert good[-1] == 9
+    for step in good:
+        assert checkpointer.verify(step) == []
+        live = Held(w=np.zeros(60_000), step=0)
+        assert checkpointer.restore(step, m=live) == live.value["step"] == step
+        assert (live.value["w"] == np.arange(60_000.0) + step).all()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {f"step-{step:08d}" for step in good}
+    return good
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_writers_killed_at_any_moment_spoil_their_own_save_and_nothing_else(tmp_path, seed):
+    check_fire(tmp_path, seed)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", range(3, 53))
+def test_writers_killed_at_fifty_more_moments(tmp_path, seed):
+    check_fire(tmp_path, seed)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(FileStore.hold, "__defaults__", (timedelta(0),))
+    with Checkpointer(FileStore(tmp_path)) as first:
+        first.save(1, m=Held(w=np.zeros(10))).wait()
+        second = Checkpointer(FileStore(tmp_path))
+        with pytest.raises(StoreError, match=f"{tmp_path} is in use by process {os.getpid()} on .* since 20"):
+            second.save(2, m=Held(w=np.zeros(10)))
+        assert second.restore(m=Held(w=np.zeros(10))) == 1, "it may read"
+    with second:
+        second.save(2, m=Held(w=np.zeros(10))).wait()
+    assert first.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a b#c%20?", "ünï \u2028 zeile\n2", "-rf", os.fsdecode(b"latin\xe9")])
+def test_folders_of_any_name_are_written(tmp_path, name):
+    folder = tmp_path / name
+    with Checkpointer(FileStore(folder)) as checkpointer:
+        checkpointer.save(1, **{"a/b ~#": Held(**{"w/é\n": np.arange(10.0), "..": 1})}).wait(SHORT)
+        assert checkpointer.verify(1) == [] and (folder / "step-00000001" / "manifest.json").exists()
+    live = Held(**{"w/é\n": np.zeros(10), "..": 0})
+    assert Checkpointer(FileStore(folder)).restore(**{"a/b ~#": live}) == 1
+    assert live.value["w/é\n"][9] == 9 and live.value[".."] == 1

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from held import Held
 from safetensors.numpy import load_file, save_file
 
 from trainfleet.checkpoint import Checkpointer, Retention
@@ -15,17 +16,6 @@ from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(6, 2)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 @pytest.fixture
