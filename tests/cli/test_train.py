@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from trainfleet.cli.main import main
 from trainfleet.config import load_config
 from trainfleet.deps import installed
 from trainfleet.errors import ConfigError
+from trainfleet.store import FileStore
 from trainfleet.training import job, launch
 from trainfleet.training.recipe import Recipe
 
@@ -156,6 +158,16 @@ def test_an_unknown_key_ends_before_anything_is_loaded(calls):
 
 
 needs_torch = pytest.mark.skipif(installed("torch") is None, reason="training needs torch")
+
+
+def test_a_folder_in_use_is_refused_before_any_rank_starts(calls, tmp_path, monkeypatch, capsys):
+    hold = FileStore(tmp_path / "run").hold()
+    monkeypatch.setattr(FileStore.hold, "__defaults__", (timedelta(0),))
+    assert train("--nproc", "2") == 6
+    assert f"{tmp_path / 'run'} is in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert [did for did, _ in calls] == ["check"]
+    hold.close()
+    assert train("--nproc", "2") == 0
 
 
 @pytest.mark.cluster

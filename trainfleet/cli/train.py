@@ -115,6 +115,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
 
     log.setup("debug" if debug else "info")
     check(recipe, ranks.world_size)
+    _refuse_folder_in_use(Path(recipe.folder))
     with tempfile.TemporaryDirectory(prefix="trainfleet-") as place:
         # Ranks that start anew must not read a file, or an environment, that somebody has changed meanwhile.
         resolved = Path(place) / "recipe.yaml"
@@ -133,6 +134,14 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
             if report := leave_report(Path(recipe.folder), error):
                 error.hint = " ".join([*([error.hint] if error.hint else []), f"The report is in {report}."])
             raise
+
+
+def _refuse_folder_in_use(folder: Path) -> None:
+    """StoreError, with whose it is, before any rank is started; rank 0 takes the folder later."""
+    from trainfleet.monitor import RunFolder
+
+    if folder.is_dir():
+        RunFolder(folder).hold().close()
 
 
 def _check_aloud(recipe: Recipe, world_size: int) -> None:
