@@ -24,10 +24,10 @@ WORDS := $(if $(STEPS),_$(STEPS)_steps)$(if $(PLAN),_$(subst $(EMPTY) ,_,$(strip
 FOLDER := runs/$(basename $(notdir $(RECIPE)))$(WORDS)
 SETTINGS := $(if $(STEPS),train.steps=$(STEPS)) $(foreach word,$(PLAN),plan.$(word)) $(if $(WORDS),folder=$(FOLDER))
 
-.PHONY: train test matrix check bench clean help
+.PHONY: train test test-mpi matrix check bench clean help
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train STEPS=100                       shorter'
 	@echo '  make train PLAN="zero=3 precision=bf16"    another plan: any keys of the section plan'
@@ -44,6 +44,9 @@ train: $(STAMP) ## train a small GPT on 2 processes; a second time it goes on wh
 
 test: $(STAMP) ## run the tests, without their long forms
 	@$(BIN)/python -m pytest -m "not matrix" $(TESTS)
+
+test-mpi: $(STAMP) ## run the tests of NumPy over MPI, by mpiexec on NPROC processes
+	@$(BIN)/mpiexec -n $(NPROC) $(BIN)/python tests/mpi/under_mpiexec.py $(TESTS)
 
 matrix: $(STAMP) ## run the long forms of the tests: every cell of every table
 	@$(BIN)/python -m pytest -m matrix --timeout 3600 $(TESTS)
@@ -68,7 +71,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "$$("$(PYTHON)" --version) is not supported. Use 3.10 to 3.13 (3.11 is tested): PYTHON=python3.11 make" >&2; exit 1; }
 	@echo "Installing into $(VENV): minutes the first time, as torch is large."
 	@$(BIN)/python -c '' 2> /dev/null || "$(PYTHON)" -m venv --clear $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[torch,monitor,data,test,check]"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[torch,monitor,data,mpi,test,check]"
 	@touch $(STAMP)
 
 $(BENCH_STAMP): $(STAMP)

@@ -14,6 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent / "cluster"))  # the workers look there for `rank_pool` too
 
 if TYPE_CHECKING:
+    from mpi_pool import MpiPools
     from rank_pool import RankPools
 
 
@@ -24,6 +25,19 @@ def ranks() -> Iterator[RankPools]:
     from rank_pool import RankPools
 
     pools = RankPools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def mpi_ranks() -> Iterator[MpiPools]:
+    """Runs `function(group, *args)` on that many processes under mpiexec; see `MpiPools`."""
+    pytest.importorskip("mpi4py", reason="MPI is not installed: pip install 'trainfleet[mpi]'")
+    from mpi_pool import MPIEXEC, MpiPools
+
+    if not MPIEXEC.exists():
+        pytest.skip("there is no mpiexec beside this Python: pip install mpich")
+    pools = MpiPools()
     yield pools
     pools.close()
 
@@ -55,5 +69,5 @@ def _has_torch() -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if {"ranks", "mpi_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("cluster")

@@ -173,3 +173,11 @@ def test_fsdp_trains_on_its_device_mesh_as_one_process_does(ranks):
     for size, plan in [(2, Plan(zero=3)), (4, Plan(zero=3, dp_replicate=2))]:
         for weights in ranks(size, trained_weights, plan):
             torch.testing.assert_close(weights, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_axes_that_torch_models_have_not_yet_are_refused(axis):
+    from trainfleet.mesh import Mesh
+
+    with pytest.raises(PlanError, match=rf"plan\.{axis} is 2, but torch models.*trainfleet\.mpi"):
+        Mesh.from_env(Plan(**{axis: 2}))

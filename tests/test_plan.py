@@ -49,10 +49,21 @@ def test_a_four_way_split_on_two_processes_names_both_numbers_and_a_remedy():
         Plan(zero=3, dp_replicate=2, dp_shard=2).for_world(8)
 
 
+def test_tensor_and_pipeline_degrees_leave_the_rest_to_data():
+    assert Plan(tp=2, pp=2).for_world(8).dp_replicate == 2
+    assert Plan(zero=2, tp=2).for_world(8).dp_shard == 4
+    assert str(Plan(tp=2, pp=2).for_world(4)) == "zero=0 dp_replicate=1 dp_shard=1 tp=2 pp=2 fp32"
+    with pytest.raises(PlanError, match=r"plan\.tp=4 does not divide the 2 processes"):
+        Plan(tp=4).for_world(2)
+    with pytest.raises(PlanError, match=r"dp_replicate x dp_shard x tp x pp = 4 x 1 x 2 x 1 = 8 processes.*are 4"):
+        Plan(dp_replicate=4, tp=2).for_world(4)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"dp_shard": 0, "zero": 1}, "plan.dp_shard is 0"),
+        ({"tp": 0}, "plan.tp is 0"),
         ({"dp_shard": 2}, "plan.zero is 0, which shards nothing"),
         ({"offload": "parameters", "zero": 2}, "Set zero to 3"),
         ({"offload": "optimizer"}, "set zero to 1, 2 or 3"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.comm.group import DEADLINE, Group
-from trainfleet.errors import LaunchError
+from trainfleet.errors import LaunchError, PlanError
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
@@ -60,13 +60,15 @@ class Mesh:
         here and ended by `close`, unless the program already has one: then that is used and left alone.
         PlanError where the plan does not fit the number of ranks; PeerError where a rank did not come in time.
         """
+        plan = plan or Plan()
+        _refuse_other_axes(plan)
         import torch.distributed as dist
 
         from trainfleet.comm.torch_group import TorchGroup, init_process_group
 
         owns = not dist.is_initialized()
         environment = RankEnvironment.from_env() if owns else _environment_of_process_group()
-        plan = (plan or Plan()).for_world(environment.world_size)
+        plan = plan.for_world(environment.world_size)
         axes = {"dp_replicate": plan.dp_replicate or 1, "dp_shard": plan.dp_shard or 1}
         device = _device(device, environment, None if owns else dist.get_backend_config())
         if owns:
@@ -120,6 +122,15 @@ class Mesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_other_axes(plan: Plan) -> None:
+    for name in ("tp", "pp"):
+        if getattr(plan, name) > 1:
+            raise PlanError(
+                f"plan.{name} is {getattr(plan, name)}, but torch models are spread over data-parallel ranks only "
+                f"so far. Set {name} to 1; NumPy models over MPI (trainfleet.mpi) take it."
+            )
 
 
 def _environment_of_process_group() -> RankEnvironment:

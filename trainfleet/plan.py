@@ -42,7 +42,8 @@ class Plan:
 
     `zero` 0 replicates the model (data parallel); 1 splits the optimizer state, 2 the gradients too,
     3 the parameters too (ZeRO, arXiv:1910.02054), over `dp_shard` ranks; `dp_replicate` groups of those
-    repeat it. A degree of None takes what the world size leaves.
+    repeat it. A degree of None takes what the world size leaves. `tp` ranks share each layer, and `pp` groups of those
+    hold the layers one after the other.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -53,6 +54,10 @@ class Plan:
     """Copies of the (possibly sharded) model. None: 1 with zero >= 1, all ranks with zero = 0."""
     dp_shard: int | None = None
     """Ranks over which one copy is sharded. None: what dp_replicate leaves."""
+    tp: int = 1
+    """Ranks over which each layer is split (tensor parallelism). So far only for NumPy models over MPI."""
+    pp: int = 1
+    """Ranks over which the layers are dealt out in turn (pipeline). So far only for NumPy models over MPI."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """The dtype of matrix products and convolutions; parameters, gradients and optimizer state stay float32."""
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -74,7 +79,7 @@ class Plan:
     """Compile each block with torch.compile."""
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard"):
+        for name in ("dp_replicate", "dp_shard", "tp", "pp"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
                 raise PlanError(f"plan.{name} is {degree}; a degree is at least 1.")
@@ -94,24 +99,32 @@ class Plan:
     def for_world(self, world_size: int) -> Plan:
         """The same plan with every degree filled in for `world_size` ranks, or PlanError."""
         replicate, shard = self.dp_replicate, self.dp_shard
+        others = self.tp * self.pp
+        name = "tp" if self.pp == 1 else "pp" if self.tp == 1 else "tp x pp"
+        for_data = _quotient(world_size, others, name)  # the ranks that see different data
         if self.zero == 0:
             shard = 1
         if replicate is None and shard is None:
             replicate = 1
         if shard is None:
-            shard = _quotient(world_size, replicate or 1, "dp_replicate")
+            shard = _quotient(for_data, replicate or 1, "dp_replicate")
         if replicate is None:
-            replicate = _quotient(world_size, shard, "dp_shard")
-        if replicate * shard != world_size:
+            replicate = _quotient(for_data, shard, "dp_shard")
+        needed = replicate * shard * others
+        if needed != world_size:
+            names, degrees = "dp_replicate x dp_shard", f"{replicate} x {shard}"
+            if others > 1:
+                names, degrees = f"{names} x tp x pp", f"{degrees} x {self.tp} x {self.pp}"
             raise PlanError(
-                f"The plan needs dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard} processes, "
-                f"but there are {world_size}. Start {replicate * shard}, or change the plan."
+                f"The plan needs {names} = {degrees} = {needed} processes, "
+                f"but there are {world_size}. Start {needed}, or change the plan."
             )
         return replace(self, dp_replicate=replicate, dp_shard=shard)
 
     def __str__(self) -> str:
         parts = [f"zero={self.zero}"]
         parts += [f"{name}={value}" for name in ("dp_replicate", "dp_shard") if (value := getattr(self, name))]
+        parts += [f"{name}={value}" for name in ("tp", "pp") if (value := getattr(self, name)) > 1]
         parts.append(self.precision)
         parts += [f"recompute={self.recompute}"] * (self.recompute != "none")
         parts += [f"offload={self.offload}"] * (self.offload != "none")

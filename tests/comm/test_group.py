@@ -1,4 +1,4 @@
-"""What every Group and Links promises, over threads and over torch alike; the oracle is NumPy on all ranks' arrays."""
+"""What every Group and Links promises, over threads, torch and MPI alike; the oracle is NumPy on all ranks' arrays."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def on_torch(function, *args):
     return function(TorchGroup(dist.group.WORLD), *args)
 
 
-@pytest.fixture(params=["threads", "torch"])
+@pytest.fixture(params=["threads", "torch", "mpi"])
 def run(request):
     """`run(size, function, *args)` calls `function(group, *args)` on each rank."""
     if request.param == "threads":
         return lambda size, function, *args: run_ranks(size, lambda group: function(group, *args))
+    if request.param == "mpi":
+        return request.getfixturevalue("mpi_ranks")
     ranks = request.getfixturevalue("ranks")
     return lambda size, function, *args: ranks(size, on_torch, function, *args)
 
@@ -169,3 +171,36 @@ def meets_its_protocols(group):
 
 def test_it_is_a_group_with_links_of_known_rank_and_size(run):
     assert run(2, meets_its_protocols) == [(True, 0, 2), (True, 1, 2)]
+
+
+def split(group):
+    half = group.split(group.rank % 2, name="half")
+    total = np.array([float(group.rank)])
+    half.all_reduce_(total).wait()
+    return half.rank, half.size, total[0], half.exchange(group.rank)
+
+
+def test_a_split_group_holds_those_of_one_colour_in_their_order(run):
+    assert run(3, split) == [(0, 2, 2.0, [0, 2]), (0, 1, 1.0, [1]), (1, 2, 2.0, [0, 2])]
+
+
+def half_precision(group, name):
+    import ml_dtypes  # noqa: F401  makes NumPy know the name
+
+    dtype = np.dtype(name)
+    values = [[40000.0, 1.0, 0.1], [40000.0, 1.0, 0.1], [-40000.0, 1.0, 0.1]][group.rank]
+    array = np.array(values, np.float32).astype(dtype)
+    group.all_reduce_(array, "mean").wait()
+    rows = np.array([values] * 3, np.float32).astype(dtype)
+    scattered = group.reduce_scatter(rows)
+    return str(array.dtype), array.astype(float).tolist(), scattered.astype(float).tolist()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("run", ["threads", "mpi"], indirect=True)  # torch's add up as its backends do
+def test_sums_of_16_bit_floats_are_taken_in_float32_and_rounded_once(run, name):
+    pytest.importorskip("ml_dtypes", reason="NumPy's bfloat16 is that of ml_dtypes")
+    (dtype, mean, sums), *others = run(3, half_precision, name)
+    assert dtype == name and all(other == (dtype, mean, sums) for other in others)
+    np.testing.assert_allclose(mean, [40000 / 3, 1, 0.1], rtol=1e-2)
+    np.testing.assert_allclose(sums, [[40000, 3, 0.3]], rtol=1e-2)

@@ -62,6 +62,10 @@ class Group(Protocol):
         """Return when every member has come here; PeerError names those that did not."""
         ...
 
+    def split(self, colour: int, name: str = "") -> Group:
+        """The group of those that gave the same `colour`, in the order of their ranks here; all members call it."""
+        ...
+
 
 @runtime_checkable
 class Links(Protocol):

@@ -17,16 +17,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
+from trainfleet.comm.numbers import check_reduction, reduce_parts, signature
 from trainfleet.errors import PeerError
 
 T = TypeVar("T")
-
-_REDUCTIONS: dict[str, Callable[[Any], Any]] = {
-    "sum": lambda stack: stack.sum(axis=0),
-    "mean": lambda stack: stack.mean(axis=0),
-    "max": lambda stack: stack.max(axis=0),
-    "min": lambda stack: stack.min(axis=0),
-}
 
 
 def run_ranks(
@@ -75,12 +69,16 @@ class _Room:
         self.calls: dict[int, dict[int, tuple[str, Any]]] = defaultdict(dict)  # by number, then by rank
         self.taken: dict[int, int] = defaultdict(int)  # ranks that have read a call; at `size` it is forgotten
         self.letters: dict[tuple[int, int, int], Any] = {}  # by source, destination and number
+        self.rooms: list[_Room] = []  # those split off, which break up with this one
 
     def break_up(self, failure: BaseException, reason: str) -> None:
         with self.changed:
             if self.failure is None:
                 self.failure, self.reason = failure, reason
             self.changed.notify_all()
+            rooms = list(self.rooms)
+        for room in rooms:
+            room.break_up(failure, reason)
 
     def lay(self, rank: int, number: int, signature: str, value: Any) -> None:
         with self.changed:
@@ -138,30 +136,40 @@ class ThreadGroup:
         return f"ThreadGroup(rank {self.rank} of {self.size})"
 
     def all_reduce_(self, array: Array, op: Reduction = "sum") -> ThreadWork:
-        _check_reduction(array, op)
-        take = self._lay(f"all_reduce_ {op} of {_shape(array)}", array.copy())
-        return ThreadWork(lambda timeout: np.copyto(array, _reduce(take(timeout), op)))
+        check_reduction(array, op)
+        take = self._lay(f"all_reduce_ {op} of {signature(array)}", array.copy())
+        return ThreadWork(lambda timeout: np.copyto(array, reduce_parts(take(timeout), op)))
 
     def broadcast_(self, array: Array, source: int = 0) -> ThreadWork:
-        take = self._lay(f"broadcast_ from {source} of {_shape(array)}", array.copy() if self.rank == source else None)
+        take = self._lay(
+            f"broadcast_ from {source} of {signature(array)}", array.copy() if self.rank == source else None
+        )
         return ThreadWork(lambda timeout: np.copyto(array, take(timeout)[source]))
 
     def all_gather(self, array: Array) -> list[Array]:
-        return [part.copy() for part in self._lay(f"all_gather of {_shape(array)}", array.copy())(None)]
+        return [part.copy() for part in self._lay(f"all_gather of {signature(array)}", array.copy())(None)]
 
     def reduce_scatter(self, array: Array, op: Literal["sum", "mean"] = "sum") -> Array:
-        _check_reduction(array, op)
+        check_reduction(array, op)
         if array.ndim == 0 or len(array) % self.size:
             raise ValueError(f"reduce_scatter over {self.size} ranks cannot cut the shape {tuple(array.shape)}.")
-        parts = self._lay(f"reduce_scatter {op} of {_shape(array)}", array.copy())(None)
+        parts = self._lay(f"reduce_scatter {op} of {signature(array)}", array.copy())(None)
         own = len(array) // self.size
-        return _reduce([part[self.rank * own : (self.rank + 1) * own] for part in parts], op)
+        return reduce_parts([part[self.rank * own : (self.rank + 1) * own] for part in parts], op)
 
     def exchange(self, value: Json) -> list[Json]:
         return [json.loads(text) for text in self._lay("exchange", json.dumps(value))(None)]
 
     def barrier(self, timeout: timedelta | None = None) -> None:
         self._lay("barrier", None)(timeout)
+
+    def split(self, colour: int, name: str = "") -> ThreadGroup:
+        alike = [rank for rank, theirs in enumerate(self.exchange(colour)) if theirs == colour]
+        offered = _Room(len(alike), self._room.timeout)
+        with self._room.changed:
+            self._room.rooms.append(offered)
+        room = self._lay("split", offered)(None)[alike[0]]  # that of the first among those alike
+        return ThreadGroup(room, alike.index(self.rank))
 
     def send(self, array: Array, to: int) -> ThreadWork:
         number = self._next("to", to)
@@ -176,12 +184,12 @@ class ThreadGroup:
 
         def receive(timeout: timedelta | None) -> None:
             with room.changed:
-                complaint = f"rank {self.rank} called recv_ of {_shape(array)}, but rank {source} did not send"
+                complaint = f"rank {self.rank} called recv_ of {signature(array)}, but rank {source} did not send"
                 room.wait_until(lambda: key in room.letters, lambda: complaint, timeout)
                 letter = room.letters.pop(key)
-            if _shape(letter) != _shape(array):
+            if signature(letter) != signature(array):
                 raise PeerError(
-                    f"Rank {self.rank} called recv_ of {_shape(array)}, but rank {source} sent {_shape(letter)}."
+                    f"Rank {self.rank} called recv_ of {signature(array)}, but rank {source} sent {signature(letter)}."
                 )
             np.copyto(array, letter)
 
@@ -214,21 +222,3 @@ class ThreadWork:
         finish, self._finish = self._finish, None
         if finish is not None:
             finish(timeout)
-
-
-def _reduce(parts: list[Any], op: str) -> Any:
-    # float16 sums overflow and lose digits: add up in float32.
-    dtype = parts[0].dtype
-    stack = np.stack(parts)
-    return _REDUCTIONS[op](stack.astype(np.float32) if dtype == np.float16 else stack).astype(dtype)
-
-
-def _check_reduction(array: Array, op: str) -> None:
-    if op not in _REDUCTIONS:
-        raise ValueError(f"The reduction is {op!r}; use one of {', '.join(_REDUCTIONS)}.")
-    if op == "mean" and not np.issubdtype(array.dtype, np.inexact):
-        raise TypeError(f"The mean of {array.dtype} is no {array.dtype}; reduce by 'sum', or convert first.")
-
-
-def _shape(array: Array) -> str:
-    return f"{array.dtype} {tuple(array.shape)}"

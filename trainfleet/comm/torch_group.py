@@ -142,6 +142,16 @@ class TorchGroup:
             # The monitored kind names the ranks that did not come.
             self.process_group.monitored_barrier(timeout or DEADLINE, True)  # type: ignore[attr-defined]
 
+    def split(self, colour: int, name: str = "") -> TorchGroup:
+        colours = self.exchange(colour)
+        ranks = dist.get_process_group_ranks(self.process_group)
+        own = self.process_group
+        for each in sorted(set(colours)):  # every rank makes all of them, in the same order
+            alike = [rank for rank, theirs in zip(ranks, colours, strict=True) if theirs == each]
+            made = dist.new_group(alike, use_local_synchronization=len(ranks) < dist.get_world_size())
+            own = made if each == colour else own
+        return TorchGroup(own, name=name)
+
     def send(self, array: Array, to: int) -> TorchWork:
         with self._translated("send"):
             work = dist.isend(_tensor(array).contiguous(), group=self.process_group, group_dst=to)
