@@ -29,10 +29,11 @@ from measuring.rounds import interval, ratios
 from measuring.table import RESULTS, Report, Table
 
 RAW, THREAD, PROCESS, OURS = "plain write", "DCP async, thread", "DCP async, process", "trainfleet"
+COPY = "a plain copy of the tensors"
 BLOCKED_TARGET, COMMITTED_TARGET = 1 / 3, 1.5
-ORDINARY = 4
+ORDINARY = 3
 """Ordinary steps before each save, whose median is what the save-step is compared with."""
-AFTER = 6
+AFTER = 4
 """Steps after it, in which all have committed."""
 
 Turn: TypeAlias = dict[str, float]
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--no-rivals", action="store_true", help="leave torch's checkpoints out")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answer:
@@ -62,10 +63,8 @@ def main() -> None:
 def blocked_table(answer: dict[str, Any]) -> Table:
     turns = answer["turns"]
     asynchronous = [name for name in (THREAD, PROCESS) if name in turns]
-    rows: list[Sequence[str | float | None]] = []
+    rows: list[Sequence[str | float | None]] = [[COPY, None, None, *_ms(answer["copies"]), None, None, None]]
     for name in turns:
-        if name == RAW:
-            continue
         stall = [turn["save_step"] - turn["ordinary"] for turn in turns[name]]
         lost = [turn["lost"] for turn in turns[name]]
         call = [turn["call"] for turn in turns[name]]
@@ -73,20 +72,21 @@ def blocked_table(answer: dict[str, Any]) -> Table:
         rows.append([name, *_ms(stall), *_ms(call), *_ms(lost), None if held is None else f"{held / 1e6:,.0f}"])
     notes = [
         f"Blocked: the step with the save less the median of the {ORDINARY} ordinary ones before it; the call: the "
-        "time within the call that saves, with what it takes to gather the state. Lost in all: all steps from the "
-        f"save to its commit, and one more, less as many ordinary ones (of {answer['step'] * 1e3:.0f} ms). Rank 0, "
+        "time within the call that saves, with what it takes to gather the state. Lost in all: the steps from the "
+        f"save to its commit, less as many ordinary ones (of {answer['step'] * 1e3:.0f} ms). Rank 0, "
         "medians over rounds and where they lie in 95 of 100 cases.",
-        "Held: what the 2 ranks and the processes they started have in memory after a save and had not before the first"
-        ", shared pages counted once (PSS).",
+        "Held: what the 2 ranks and the processes they started have in memory between saves and had not before the "
+        "first, shared pages counted once (PSS).",
     ]
     if asynchronous:
         best = min(asynchronous, key=lambda name: statistics.median(turn["call"] for turn in turns[name]))
-        stalls = {n: statistics.median(t["save_step"] - t["ordinary"] for t in turns[n]) for n in (OURS, best)}
-        calls = {n: statistics.median(t["call"] for t in turns[n]) for n in (OURS, best)}
+        calls = {name: statistics.median(turn["call"] for turn in turns[name]) for name in (OURS, best)}
+        floor = statistics.median(answer["copies"])
         notes.append(
-            f"trainfleet is blocked {stalls[OURS] / stalls[best]:.2f} times as long as {best}, the quicker of the two, "
-            f"and its call takes {calls[OURS] / calls[best]:.2f} times as long "
-            f"(target: at most {BLOCKED_TARGET:.2f})."
+            f"The call of trainfleet takes {calls[OURS] / calls[best]:.2f} times as long as that of {best}, the "
+            f"quicker one (target: at most {BLOCKED_TARGET:.2f}); a plain copy alone would take "
+            f"{floor / calls[best]:.2f} times as long. What trainfleet adds to the copy is "
+            f"{(calls[OURS] - floor) / (calls[best] - floor):.2f} of what {best} adds."
         )
     return Table(
         title=f"The loop, {answer['bytes'] / 1e6:,.0f} MB over 2 ranks, {answer['rounds']} rounds",
@@ -130,7 +130,7 @@ def on_rank(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from loops.ours import InEngine
-    from loops.savers import bytes_of, makers_for
+    from loops.savers import bytes_of, makers_for, tensors_of
     from loops.setting import Setting
 
     from trainfleet import Mesh, Plan
@@ -145,13 +145,17 @@ def on_rank(options: argparse.Namespace) -> None:
         num_bytes = sum(mesh.data_axes.exchange(bytes_of(loop)))
         shared = Path(mesh.data_axes.exchange(folder)[0])
         makers = makers_for(loop, mesh, shared, rivals=not options.no_rivals)
-        found = measure(makers, lambda: loop.run(step), mesh, options.rounds)
+        found = measure(makers, tensors_of(loop), lambda: loop.run(step), mesh, options.rounds)
         if mesh.is_main:
             options.answer.write_text(json.dumps({**found, "rounds": options.rounds, "bytes": num_bytes}))
         dist.barrier()
 
 
-def measure(makers: dict[str, Callable[[], Any]], step: Callable[[], object], mesh: Any, rounds: int) -> dict[str, Any]:
+def measure(
+    makers: dict[str, Callable[[], Any]], tensors: list[Any], step: Callable[[], object], mesh: Any, rounds: int
+) -> dict[str, Any]:
+    from loops.savers import copier
+
     savers: dict[str, Any] = {}
     held = {}
     for name, make in makers.items():
@@ -163,9 +167,15 @@ def measure(makers: dict[str, Callable[[], Any]], step: Callable[[], object], me
         held[name] = memory_of_all(mesh) - before
     gc.collect()
     gc.freeze()
+    copy = copier(tensors)
+    copies = []
     commits: dict[str, list[float]] = {name: [] for name in savers}
     turns: dict[str, list[Turn]] = {name: [] for name in savers}
     for number in range(rounds):
+        mesh.data_axes.barrier()
+        begun = time.perf_counter()
+        copy()
+        copies.append(time.perf_counter() - begun)
         order = list(savers)
         random.Random(number).shuffle(order)
         for name in order:
@@ -177,6 +187,7 @@ def measure(makers: dict[str, Callable[[], Any]], step: Callable[[], object], me
     del turns[RAW], held[RAW]
     steps = [turn["ordinary"] for name in turns for turn in turns[name]]
     return {
+        "copies": copies,
         "commits": commits,
         "turns": turns,
         "held": held,

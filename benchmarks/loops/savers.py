@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -129,8 +130,22 @@ def state_for_dcp(loop: Any) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def bytes_of(loop: Any) -> int:
+def tensors_of(loop: Any) -> list[Tensor]:
     """What this rank has to store."""
     tensors = [*loop.model.parameters(), *(v for memory in loop.optimizer.state.values() for v in memory.values())]
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for tensor in tensors]
+
+
+def bytes_of(loop: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(loop))
+
+
+def copier(tensors: list[Tensor]) -> Callable[[], None]:
+    """Copies them into memory that it has already: the least that any of these can be blocked for."""
+    copies = [tensor.clone() for tensor in tensors]
+
+    def copy() -> None:
+        for mine, theirs in zip(copies, tensors):
+            mine.copy_(theirs)
+
+    return copy
