@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,3 +50,35 @@ def test_no_descriptor_is_left_behind():
     assert descriptors() == before + 2, "ours, and that of the mapping"
     del memory
     assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    "shared", [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_BE_SHARED, reason="no memfd here"))]
+)
+def test_with_cuda_in_use_it_is_pinned_and_each_pin_is_taken_back(shared, monkeypatch):
+    """CUDA is played here; tests/device has the real one."""
+    pinned, acts = {}, []
+
+    def register(address, size, flags):
+        pinned[address] = size
+        acts.append("pin")
+        return 0
+
+    def unregister(address):
+        del pinned[address]
+        acts.append("unpin")
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    cuda = SimpleNamespace(is_initialized=lambda: True, cudart=lambda: runtime)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    memory = StagingMemory(shared=shared)
+    first = memory.reserve(5000)
+    assert pinned == {first.ctypes.data: 5000}
+    second = memory.reserve(9000)
+    assert pinned == {second.ctypes.data: 9000} and acts == ["pin", "unpin", "pin"]
+    memory.close()
+    memory.close()
+    assert not pinned
+    memory.reserve(10)
+    del memory  # nobody closed it
+    assert not pinned

@@ -26,8 +26,7 @@ class StagingMemory:
     def __init__(self, *, shared: bool) -> None:
         self._shared = shared
         self._memory: Bytes = np.empty(0, np.uint8)
-        self._is_pinned = False
-        self._give_back: weakref.finalize[[int], StagingMemory] | None = None
+        self._release: weakref.finalize[[int | None, int | None], StagingMemory] | None = None
         self.descriptor: int | None = None
         """By which another process maps it."""
         self.version = 0
@@ -38,37 +37,42 @@ class StagingMemory:
         return int(self._memory.size)
 
     def reserve(self, size: int) -> Bytes:
+        """The first `size` bytes; what lies there is as it was, unless there have to be more of them than before."""
         if size > self._memory.size:
             self.close()  # give the old one back before asking for more
             try:
-                self._memory = self._shared_memory(size) if self._shared else np.empty(size, np.uint8)
+                self._get(size)
             except (OSError, MemoryError) as error:
                 self.close()
                 raise CheckpointError(
                     f"There is no memory for a copy of {size:,} bytes, which a save needs: {error}.",
                     hint="Free memory of this host, or spread the state over more ranks.",
                 ) from error
-            self._memory[:: mmap.PAGESIZE] = 0  # or the first save would wait for each page
-            self._is_pinned = _pin(self._memory)
         return self._memory[:size]
 
-    def _shared_memory(self, size: int) -> Bytes:
-        descriptor = os.memfd_create("trainfleet-checkpoint", os.MFD_CLOEXEC)
-        self._give_back = weakref.finalize(self, os.close, descriptor)
-        os.ftruncate(descriptor, size)
-        self.descriptor = descriptor
-        self.version += 1
-        return mapped(descriptor, size)
+    def _get(self, size: int) -> None:
+        if self._shared:
+            self.descriptor = os.memfd_create("trainfleet-checkpoint", os.MFD_CLOEXEC)
+            self._release = weakref.finalize(self, _release, self.descriptor, None)
+            os.ftruncate(self.descriptor, size)
+            self._memory = mapped(self.descriptor, size)
+            self.version += 1
+        else:
+            self._memory = np.empty(size, np.uint8)
+        self._memory[:: mmap.PAGESIZE] = 0  # or the first save would wait for each page
+        if _pin(self._memory):
+            if self._release is not None:
+                self._release.detach()
+            # An object that nobody closes gives it back too, before the memory itself is gone.
+            self._release = weakref.finalize(self, _release, self.descriptor, self._memory.ctypes.data)
 
     def close(self) -> None:
         """Give it back."""
-        if self._is_pinned:
-            _unpin(self._memory)
-            self._is_pinned = False
+        release, self._release = self._release, None
+        if release is not None:
+            release()
         self._memory = np.empty(0, np.uint8)
-        if self._give_back is not None:
-            self._give_back()
-        self._give_back = self.descriptor = None
+        self.descriptor = None
 
 
 def mapped(descriptor: int, size: int) -> Bytes:
@@ -84,5 +88,8 @@ def _pin(memory: Bytes) -> bool:
     return int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.size, 0)) == 0
 
 
-def _unpin(memory: Bytes) -> None:
-    sys.modules["torch"].cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+def _release(descriptor: int | None, pinned: int | None) -> None:
+    if pinned is not None:
+        sys.modules["torch"].cuda.cudart().cudaHostUnregister(pinned)
+    if descriptor is not None:
+        os.close(descriptor)
