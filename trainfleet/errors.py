@@ -8,9 +8,11 @@
     ├── StoreError             6   the named bytes could not be read or written
     │   └── NotStored          6   there is nothing under that name
     ├── CheckpointError        7   a checkpoint is damaged, foreign or does not fit
+    │   └── DamageFound       14   `checkpoint verify` read bytes that are not those that were written
     ├── LaunchError            8   the processes of a run could not be started
     ├── PeerError              9   a peer is gone, late, or unlike us
     ├── RankFailed            10   a rank of a running job failed; the report names it
+    │   └── FailedTwice       13   the same error came at the same step again: a further start would meet it too
     ├── OutOfMemory           11   a rank ran out of memory
     └── ReplicasDiffer        12   replicas that must be equal are not
 
@@ -68,6 +70,12 @@ class CheckpointError(TrainfleetError):
     exit_code = 7
 
 
+class DamageFound(CheckpointError):
+    """Checkpoints were read to the last byte, and bytes are not those that were written."""
+
+    exit_code = 14
+
+
 class LaunchError(TrainfleetError):
     exit_code = 8
 
@@ -78,6 +86,12 @@ class PeerError(TrainfleetError):
 
 class RankFailed(TrainfleetError):
     exit_code = 10
+
+
+class FailedTwice(RankFailed):
+    """The same error came at the same step again: a further start would meet it too."""
+
+    exit_code = 13
 
 
 class OutOfMemory(TrainfleetError):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from trainfleet.checkpoint.manifest import read_indexes, read_manifest
 from trainfleet.checkpoint.whole import whole_states
@@ -49,6 +50,12 @@ class Numbers:
         x = torch.full((4,), index / 100)
         return {"input": x, "label": x.sum(0, keepdim=True)}
 """
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks that `trainfleet train` has started, in order; they bear their number as name."""
+    below = psutil.Process(launcher).children(recursive=True)
+    return sorted((process for process in below if process.name().startswith("rank ")), key=psutil.Process.name)
 
 
 def write_job(folder: Path, recipe: str = RECIPE) -> None:

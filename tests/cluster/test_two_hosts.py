@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("torch", reason="two hosts need torch")
 
-import psutil
-from killed_run import STEPS, losses, same, states_at, write_job
+from killed_run import STEPS, losses, ranks_of, same, states_at, write_job
 
 pytestmark = pytest.mark.cluster
 
@@ -190,8 +189,8 @@ def test_a_run_goes_on_after_the_ranks_of_one_host_were_killed(hosts, tmp_path):
     try:
         for host, step in ((1, 10), (0, 40)):
             await_step(job, step)
-            for child in psutil.Process(processes[host].pid).children():
-                child.kill()
+            for rank in ranks_of(processes[host].pid):
+                rank.kill()
         ended = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:

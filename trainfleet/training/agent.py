@@ -1,8 +1,8 @@
 """Torch's elastic agent, one a host: starts the ranks of a run here, watches them, and ends them all together.
 
 What is added to it: A second Ctrl-C kills. The ranks die with the agent, even when it is killed. Ranks that fail
-twice in the same way at the same step are not started a third time. And when ranks fail, the agents of all hosts
-agree on the cause before they report it.
+twice in the same way at the same step are not started a third time; others are, at once or after a pause
+(restarts.py). And when ranks fail, the agents of all hosts agree on the cause before they report it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from trainfleet.comm.environment import RUN_ID
 from trainfleet.errors import PeerError
 from trainfleet.training.failure import Failure, cause_of, death_of, failure_from_json, read_failures
+from trainfleet.training.fork_server import CAN_FORK
+from trainfleet.training.progress import read_progress
+from trainfleet.training.restarts import FailedAgain, Restarts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -90,6 +93,15 @@ def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> int
     return 128 + ended if isinstance(ended, signal.Signals) else 0
 
 
+def run_copies(job: Job, function: Callable[..., Any], args: Sequence[Any]) -> int:
+    """Run `function(*args)` as each rank of this host, which is a copy of the fork server where there is one.
+
+    Ends as `run_command` does.
+    """
+    ended = _run(job, function, args, "forkserver" if CAN_FORK else "spawn")
+    return 128 + ended if isinstance(ended, signal.Signals) else 0
+
+
 def run_function(job: Job, function: Callable[..., Any], args: Sequence[Any], *, start_method: str) -> list[Any]:
     """What `function(*args)` returns on each rank of this host; KeyboardInterrupt if a signal ended them."""
     ended = _run(job, function, args, start_method)
@@ -144,6 +156,7 @@ def _supervise(
             shutdown_timeout=round(job.grace.total_seconds()),
         )
         agent.folder = folder
+        agent._restarts = Restarts()
         try:
             result: RunResult | None = agent.run()
         finally:
@@ -152,7 +165,7 @@ def _supervise(
             raise RendezvousError("another host has ended the run")
     except SignalException as exc:
         return exc.sigval
-    except _Repeated as exc:
+    except FailedAgain as exc:
         return exc.failure.as_repeated()
     except RendezvousError as exc:
         raise PeerError(
@@ -162,29 +175,48 @@ def _supervise(
     return agent.cause(result) if result.is_failed() else dict(result.return_values)
 
 
-class _Repeated(Exception):
-    """A start met the same error at the same step as the one before."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.sentence)
-        self.failure = failure
-
-
 class _Agent(LocalElasticAgent):
     folder: Path
     """Where ranks leave their reports."""
-    _last: Failure | None = None
+    _restarts: Restarts
+    _died: dict[int, int] = {}  # noqa: RUF012  # local rank -> exit code, of those that were seen to fall first
+    _result: RunResult | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._end_those_left()
+        self._result = super()._monitor_workers(worker_group)
+        return self._result
+
+    def _end_those_left(self) -> None:
+        """Once a rank that is a function has failed, end the others: torch would give one that hangs half a minute."""
+        processes = getattr(getattr(self._pcontext, "_pc", None), "processes", ())
+        died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+        if died and not self._died:
+            self._died = died
+            self._shutdown(timeout=_LEFT_BEHIND_SECONDS)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Start anew, unless the ranks failed as they did before: then another start would do no better."""
-        own = [failure for failure in read_failures(self._attempt()) if not failure.consequence]
-        if own:
-            failure = cause_of(own)
-            if self._last is not None and failure.is_like(self._last):
-                raise _Repeated(failure)
-            self._last = failure
-            logger.warning("Rank %d of %d %s The ranks start anew.", failure.rank, failure.world_size, failure.sentence)
+        self._stop_workers(worker_group)
+        failure = None
+        if self._result is not None and self._result.is_failed():
+            failure = cause_of(self._failures(self._result))
+        progress = read_progress(self._attempt())
+        pause = self._restarts.after(
+            failure if failure is not None and not failure.consequence else None,
+            took_steps=progress is not None and progress[0] < progress[1],
+        )
+        if failure is not None:
+            level = logging.INFO if failure.consequence else logging.WARNING
+            soon = f"in {pause:g} s" if pause else "now"
+            logger.log(level, "The ranks start anew %s, because rank %d %s", soon, failure.rank, failure.sentence)
+        time.sleep(pause)
         super()._restart_workers(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._died, self._result = {}, None
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         # Ranks whose peer is gone end by themselves. Those that hang would be given half a minute.
@@ -203,18 +235,26 @@ class _Agent(LocalElasticAgent):
 
     def cause(self, result: RunResult) -> Failure:
         """Why the run failed, as far as this host knows and the others tell."""
-        group = self.get_worker_group()
-        world_size = group.workers[0].world_size
+        own = cause_of(self._failures(result))
+        return cause_of([own, *self._causes_elsewhere(own)])
+
+    def _failures(self, result: RunResult) -> list[Failure]:
+        """What the ranks of this host have reported, and the deaths of those that could not."""
+        workers = self.get_worker_group().workers
         failures = read_failures(self._attempt())
         reported = {failure.rank for failure in failures}
+        progress = read_progress(self._attempt())
+        step = progress[1] if progress else None
         first = min((failure.timestamp for failure in result.failures.values()), default=0)
-        for rank, failed in result.failures.items():
+        codes = {rank: (failed.exitcode, failed.timestamp > first + 1) for rank, failed in result.failures.items()}
+        if self._died:  # what came after, we did ourselves
+            codes = {workers[local].global_rank: (code, False) for local, code in self._died.items()}
+        for rank, (code, late) in codes.items():
             if rank not in reported:
-                # Once one rank has failed the agent stops the others: SIGTERM, and after half a minute SIGKILL.
-                stopped = failed.exitcode == -signal.SIGTERM or failed.timestamp > first + 1
-                failures.append(death_of(rank, world_size, failed.exitcode, stopped=stopped))
-        own = cause_of(failures)
-        return cause_of([own, *self._causes_elsewhere(own)])
+                # Once one rank has failed the agent stops the others: SIGTERM, and after a while SIGKILL.
+                stopped = code == -signal.SIGTERM or late
+                failures.append(death_of(rank, workers[0].world_size, code, stopped=stopped, step=step))
+        return failures
 
     def _causes_elsewhere(self, own: Failure) -> Iterator[Failure]:
         """What the agents of other hosts hold for the cause; those that say nothing within three seconds do not count.

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from trainfleet.comm.environment import RankEnvironment
-from trainfleet.errors import PeerError, RankFailed, TrainfleetError
+from trainfleet.errors import FailedTwice, PeerError, RankFailed, TrainfleetError
 
 REPORT = "failure.txt"
 INTERRUPTED = 130  # what shells report after Ctrl-C
 UNGUARDED = 97  # of a rank that came upon launch() while it read the script that has started it
+MEND = "Mend the cause, then give the same command again: it goes on from the newest checkpoint."
 _STEP = "_trainfleet_step"
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +48,17 @@ class Failure:
     """Steps that the run had taken, where the rank knew."""
     consequence: bool = False
     """True where the rank fell because another had: its peer was gone, or it was stopped."""
+    from_outside: bool = False
+    """True where a signal ended it that others send: that says nothing of how another start will fare."""
+    is_second: bool = False
+    """True where the start before met the same."""
 
     def error(self) -> RankFailed:
         """The error for whoever started the ranks; its exit code is that of the cause where that had one."""
-        error = RankFailed(f"Rank {self.rank} of {self.world_size} on {self.host} {self.sentence}", hint=self.hint)
-        error.exit_code = self.exit_code  # type: ignore[misc]
+        kind = FailedTwice if self.is_second else RankFailed
+        error = kind(f"Rank {self.rank} of {self.world_size} on {self.host} {self.sentence}", hint=self.hint)
+        if not self.is_second:
+            error.exit_code = self.exit_code  # type: ignore[misc]
         if self.traceback:
             error.__cause__ = RankTraceback(self.traceback)
         return error
@@ -63,7 +71,10 @@ class Failure:
         """This failure, told as the second of its kind."""
         at = "at the start" if self.step is None else f"after step {self.step}"
         return replace(
-            self, sentence=f"failed twice in the same way {at}, so it was not started again: it {self.sentence}"
+            self,
+            sentence=f"failed twice in the same way {at}, so it was not started again: it {self.sentence}",
+            hint=" ".join([*([self.hint] if self.hint else []), MEND]),
+            is_second=True,
         )
 
 
@@ -138,8 +149,9 @@ def failure_from_json(text: str) -> Failure:
     return Failure(**json.loads(text))
 
 
-def death_of(rank: int, world_size: int, exit_code: int, *, stopped: bool) -> Failure:
+def death_of(rank: int, world_size: int, exit_code: int, *, stopped: bool, step: int | None = None) -> Failure:
     """A rank that ended without a report. `stopped` says that its launcher may have done it."""
+    name = None
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         sentence = f"was killed by {name}."
@@ -160,7 +172,9 @@ def death_of(rank: int, world_size: int, exit_code: int, *, stopped: bool) -> Fa
         sentence=sentence,
         exit_code=RankFailed.exit_code,
         hint=hint,
+        step=step,
         consequence=stopped,
+        from_outside=name in _FROM_OUTSIDE,
     )
 
 

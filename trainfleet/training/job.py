@@ -24,6 +24,7 @@ from trainfleet.monitor import RunFolder, observers_for
 from trainfleet.store import open_store
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
+from trainfleet.training.progress import Progress
 from trainfleet.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh, closing)
         metadata = {"recipe": to_plain(recipe)}
-        observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *given.observers]
+        observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *_told_to_the_launcher(), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
         seed_generators(recipe.train.seed, mesh.rank)
@@ -143,6 +144,14 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         tell.observers = trainer.observers
         _begin_or_resume(recipe, trainer, checkpointer)
         yield trainer
+
+
+def _told_to_the_launcher() -> list[Observer]:
+    """Our own launcher reads how far a rank has come, also of one that was killed."""
+    environment = RankEnvironment.from_env()
+    if environment.launcher != "trainfleet" or environment.error_file is None:
+        return []
+    return [Progress(Path(environment.error_file).parent)]
 
 
 def build_model(recipe: Recipe, given: Given) -> nn.Module:
