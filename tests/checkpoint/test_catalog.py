@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from trainfleet.checkpoint import Checkpointer, Retention
-from trainfleet.checkpoint.catalog import catalog, open_place, read_step
-from trainfleet.errors import CheckpointError
+from trainfleet.checkpoint.catalog import catalog, examine, open_place, read_step
+from trainfleet.checkpoint.sealed import seal
+from trainfleet.errors import CheckpointError, NotStored
 from trainfleet.store import FileStore, MemoryStore
 
 
@@ -58,5 +59,48 @@ def test_a_place_is_a_run_a_folder_of_checkpoints_or_one_step(tmp_path):
         store, named = open_place(str(place))
         assert store.folder == folder and named == step
     assert open_place(folder.as_uri())[0].folder == folder
-    with pytest.raises(CheckpointError, match=f"There is no folder {tmp_path / 'nowhere'}"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'nowhere'} does not exist"):
         open_place(str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        open_place(str(tmp_path / "file"))
+
+
+def test_a_place_without_checkpoints_is_not_searched_to_its_depths(tmp_path):
+    saved(FileStore(tmp_path / "deep" / "run" / "checkpoints"), 7)
+    with pytest.raises(CheckpointError, match="no checkpoints in"):
+        open_place(str(tmp_path / "deep"))
+
+
+def test_every_byte_is_examined_and_the_verdict_is_in_words():
+    store = saved(MemoryStore(), 1, 2, 3, 4)
+    read = []
+    assert examine(store, 1, read.append).state == "whole" and sum(read) == 8000
+    store.put("step-00000001/note.txt", b"mine")
+    assert examine(store, 1).surplus == ("step-00000001/note.txt",)
+    name = next(name for name in store.names("step-00000002/") if name.endswith(".safetensors"))
+    data = bytearray(store.get(name))
+    data[-5] ^= 1
+    store.put(name, bytes(data))
+    verdict = examine(store, 2)
+    assert verdict.state == "damaged" and verdict.problems == (f"{name}: m/w does not match its digest",)
+    store.delete("step-00000003/manifest.json")
+    assert examine(store, 3).state == "unfinished"
+    store.put("step-00000003/manifest.json", b"{}")
+    assert examine(store, 3).state == "damaged"
+    store.put("step-00000004/manifest.json", seal("manifest", {"format": 99}))
+    verdict = examine(store, 4)
+    assert verdict.state == "unreadable" and "newer one" in verdict.problems[0]
+
+
+def test_one_that_is_removed_while_it_is_read_is_no_damage():
+    store = saved(MemoryStore(), 1)
+
+    class Pruned(MemoryStore):
+        def open(self, name):
+            store.delete("step-00000001/manifest.json")
+            raise NotStored(name)
+
+    pruned = Pruned()
+    pruned._held = store._held
+    assert examine(pruned, 1).state == "unfinished"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -86,3 +87,34 @@ def test_every_kind_of_difference_has_its_words(first, second, path, what):
 def test_one_state_can_be_chosen():
     assert found(saved(n=1), saved(n=2), state="other") == {}
     assert set(found(saved(n=1), saved(n=2), state="m")) == {"m/n"}
+
+
+def test_what_each_rank_has_of_its_own_is_compared_rank_by_rank():
+    def own(change):
+        store = MemoryStore()
+
+        def save(group):
+            value = PerRank({"rng": np.full(2, group.rank + (change if group.rank == 1 else 0)), "n": [group.rank]})
+            with Checkpointer(store, group=group) as checkpointer:
+                checkpointer.save(1, m=Held(own=value, n=1))
+
+        run_ranks(3, save)
+        return Whole(store, read_step(store, 1)[1])
+
+    assert list(differences(own(0), own(0))) == []
+    (only,) = differences(own(0), own(5))
+    assert (only.path, only.rank, only.largest) == ("m/own/rng", 1, 5.0)
+
+
+def test_large_whole_numbers_are_compared_exactly():
+    (only,) = found(saved(w=np.array([2**60, -(2**63)])), saved(w=np.array([2**60 + 1, 2**63 - 1]))).values()
+    assert only.elements == 2 and only.largest == float(2**64 - 1)
+
+
+def test_memory_is_that_of_two_arrays():
+    first, second = saved(w=np.zeros(4_000_000, "f4")), saved(w=np.ones(4_000_000, "f4"))  # 16 MB each
+    tracemalloc.start()
+    (only,) = differences(first, second)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert only.elements == 4_000_000 and peak < 2 * 16_000_000 + 8_000_000

@@ -60,8 +60,8 @@ def damage(run, step):
 def test_list_shows_steps_sizes_ranks_and_metrics(run, say):
     code, out, _ = say("list", run)
     head, *rows = out.splitlines()
-    assert code == 0 and head.split() == ["step", "saved", "size", "ranks", "metrics"]
-    assert [row.split()[0] for row in rows] == ["10", "20"] and "loss 0.05" in rows[1]
+    assert code == 0 and head.split() == ["step", "saved", "size", "ranks", "plan", "metrics"]
+    assert [row.split()[0] for row in rows] == ["10", "20"] and "zero=3 precision=bf16  loss 0.05" in rows[1]
     found = json.loads(say("list", run, "--json")[1])
     assert [entry["step"] for entry in found] == [10, 20] and found[1]["metrics"] == {"loss": 0.05}
 
@@ -79,9 +79,19 @@ def test_verify_finds_damage_and_says_so_by_its_exit_code(run, say):
     assert say("verify", run)[:2] == (0, "step-00000010  whole\nstep-00000020  whole\n")
     name = damage(run, 20)
     code, out, err = say("verify", run)
-    assert code == 7 and "step-00000010  whole" in out and "step-00000020  damaged" in out and name in out
+    assert code == 14 and "step-00000010  whole" in out and "step-00000020  damaged" in out and name in out
     assert "Of 2 checkpoints 1 cannot be used" in err
     assert say("verify", run / "checkpoints" / "step-00000010")[0] == 0
+    code, out, _ = say("verify", run, "--json")
+    assert code == 14 and [verdict["state"] for verdict in json.loads(out)] == ["whole", "damaged"]
+    assert say("verify", run, "--step", 15)[0] == 7
+
+
+def test_what_a_killed_save_left_is_no_damage(run, say):
+    (run / "checkpoints" / "step-00000020" / "manifest.json").unlink()
+    code, out, _ = say("verify", run)
+    assert code == 0 and "step-00000020  unfinished" in out
+    assert "not usable" in say("list", run)[1] and say("inspect", run)[1].startswith("step 10,")
 
 
 def test_export_writes_whole_arrays_once(run, say, tmp_path):
@@ -112,7 +122,37 @@ def test_export_in_shards_has_the_index_that_loaders_read(run, say, tmp_path):
 def test_a_damaged_one_is_not_exported_and_leaves_no_file(run, say, tmp_path):
     name = damage(run, 20)
     code, _, err = say("export", run, tmp_path / "x.safetensors")
-    assert code == 7 and name in err and not (tmp_path / "x.safetensors").exists()
+    assert code == 14 and name in err and not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_damaged_one_leaves_the_export_before_as_it_was(run, say, tmp_path):
+    assert say("export", run, tmp_path / "x", "--shard-size", "40B")[0] == 0
+    (tmp_path / "x" / "config.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()}
+    damage(run, 20)
+    code, _, err = say("export", run, tmp_path / "x", "--shard-size", "10B")
+    assert code == 7 and "exists already" in err
+    assert say("export", run, tmp_path / "x", "--shard-size", "10B", "--force")[0] == 14
+    assert {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()} == before
+    assert say("export", run, tmp_path / "x", "--shard-size", "1GB", "--force", "--step", 10)[0] == 0
+    assert {file.name for file in (tmp_path / "x").iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }
+
+
+@pytest.mark.parametrize("name", ["a b?.safetensors", ".hidden", "mödel%2F"])
+def test_an_output_is_called_as_was_said(run, say, tmp_path, name):
+    assert say("export", run, tmp_path / "new" / name)[0] == 0
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_values_that_json_has_not_are_text(run, say):
+    with Checkpointer(FileStore(run / "checkpoints"), retention=Retention(last=9)) as checkpointer:
+        checkpointer.save(30, metadata={"raw": b"x", "pair": (1, 2)}, metrics={"loss": float("nan")}, m=Held(n=1))
+    (found,) = json.loads(say("list", run / "checkpoints" / "step-00000030", "--json")[1])
+    assert found["metadata"] == {"raw": "b'x'", "pair": [1, 2]} and found["metrics"] == {"loss": "nan"}
 
 
 def test_import_makes_a_checkpoint_of_foreign_weights(run, say, tmp_path):
@@ -131,17 +171,21 @@ def test_import_makes_a_checkpoint_of_foreign_weights(run, say, tmp_path):
 
 def test_diff_tells_by_its_exit_code(run, say):
     code, out, _ = say("diff", run, run, "--first-step", 10)
-    assert code == 1 and out == "model/layer.w  12 of 12 elements differ, by 10 at most\n"
-    assert json.loads(say("diff", run, run, "--first-step", 10, "--json")[1])[0]["elements"] == 12
+    assert code == 1 and out.splitlines() == [
+        "model/layer.w  12 of 12 elements differ, by 10 at most",
+        "metrics/loss  0.1 in the first and 0.05 in the second",
+    ]
+    found = json.loads(say("diff", run, run, "--first-step", 10, "--json")[1])
+    assert found["states"][0]["elements"] == 12 and found["beside"][0]["path"] == "metrics/loss"
     assert say("diff", run, run)[:2] == (0, "They are equal to the bit.\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["list", "nowhere"], 7, "There is no folder nowhere"),
+        (["list", "nowhere"], 7, "nowhere does not exist"),
         (["verify", "."], 7, "There are no checkpoints in ."),
-        (["inspect", "."], 7, "There is no whole checkpoint"),
+        (["inspect", "."], 7, "There are no checkpoints in ."),
         (["export", ".", "x", "--dtype", "int4"], 2, "--dtype is 'int4'"),
         (["export", ".", "x", "--shard-size", "much"], 2, "--shard-size is 'much'"),
         (["import", "no.pt", "out"], 7, "no file or folder no.pt"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trainfleet.errors import StoreError
-from trainfleet.store import FileStore
+from trainfleet.store import FileStore, write_file
 from trainfleet.store import file as file_store
 
 
@@ -172,3 +172,34 @@ def test_what_another_host_left_is_swept_after_a_day_only(tmp_path):
         os.utime(path, (time.time() - age,) * 2)
     FileStore(tmp_path).put("y", b"")
     assert _files(tmp_path) == [f"{file_store.UNFINISHED}otherhost-new", "y"]
+
+
+@pytest.mark.parametrize("name", ["plain", ".dotted", "a b?%2F.x", "mödel"])
+def test_a_single_file_is_written_under_the_very_name_given(tmp_path, name):
+    place = tmp_path / "new" / "folder" / name
+    assert write_file(place, [b"ab", b"c"]) == 3 and place.read_bytes() == b"abc"
+    assert [file.name for file in place.parent.iterdir()] == [name]
+
+
+def test_a_single_file_that_fails_leaves_the_one_before(tmp_path):
+    def failing():
+        yield b"new"
+        raise RuntimeError("midway")
+
+    write_file(tmp_path / "x", b"old")
+    with pytest.raises(RuntimeError, match="midway"):
+        write_file(tmp_path / "x", failing())
+    assert [file.name for file in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"old"
+    with pytest.raises(StoreError, match="a folder stands there"):
+        write_file(tmp_path, b"")
+    with pytest.raises(StoreError, match="a part of the path is a file"):
+        write_file(tmp_path / "x" / "y", b"")
+
+
+def test_a_single_file_sweeps_what_the_dead_left_beside_it_and_nothing_below(tmp_path):
+    left = tmp_path / (file_store._unfinished_here() + "dead")
+    below = tmp_path / "below" / left.name
+    below.parent.mkdir()
+    left.touch(), below.touch()
+    write_file(tmp_path / "x", b"")
+    assert not left.exists() and below.exists()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from trainfleet.checkpoint.further import verify_further
+from trainfleet.checkpoint.loading import verify_shards
 from trainfleet.checkpoint.manifest import Manifest, read_indexes, read_manifest
-from trainfleet.checkpoint.names import MANIFEST, folder_of, steps_and_files
+from trainfleet.checkpoint.names import folder_of, manifest_of, steps_and_files
+from trainfleet.checkpoint.restore import surplus_files
 from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.checkpoint.shard import Index
 from trainfleet.checkpoint.tree import decode
@@ -46,12 +49,21 @@ def open_place(place: str) -> tuple[Store, int | None]:
         return open_store(place), None
     path = Path(place).expanduser()
     if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"There is no folder {path}. Name a run folder, its folder of checkpoints, or the folder of one step."
+            f"{path} {what}. Name a run folder, its folder of checkpoints, or the folder of one step."
         )
     if (match := _STEP.fullmatch(path.resolve().name)) is not None:
         return FileStore(path.resolve().parent), int(match[1])
-    return FileStore(path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+    for folder in (path / "checkpoints", path):
+        if _has_steps(folder):
+            return FileStore(folder), None
+    raise CheckpointError(f"There are no checkpoints in {path}, nor in a folder `checkpoints` there.")
+
+
+def _has_steps(folder: Path) -> bool:
+    """Looked for here, as a store would walk through everything below, which could be a whole disk."""
+    return folder.is_dir() and any(_STEP.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def catalog(store: Store) -> list[Entry]:
@@ -79,11 +91,58 @@ def describe(store: Store, step: int) -> Entry:
         return Entry(step=step, problem="; ".join(str(error).split("\n")))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """How one checkpoint fared when every byte of it was read."""
+
+    step: int
+    state: Literal["whole", "damaged", "unfinished", "unreadable"]
+    """Unfinished: a save was killed there, or is under way. Unreadable: this version cannot tell."""
+    problems: tuple[str, ...] = ()
+    """By file and array."""
+    surplus: tuple[str, ...] = ()
+    """Files that are not part of it, and harm nothing."""
+
+
+def examine(store: Store, step: int, tell: Callable[[int], None] = lambda num_bytes: None) -> Verdict:
+    """Read all of a checkpoint and compare digests. `tell` hears of the bytes as they are read."""
+    try:
+        manifest = read_manifest(store, step)
+    except CheckpointError as error:
+        return Verdict(step=step, state="unreadable", problems=(str(error),))
+    except (Damaged, StoreError) as error:
+        state: Literal["unfinished", "damaged"] = "damaged" if store.exists(manifest_of(step)) else "unfinished"
+        return Verdict(step=step, state=state, problems=(str(error),))
+    problems = []
+    try:
+        verify_shards(store, read_indexes(store, manifest), tell)
+    except CheckpointError as error:
+        problems.append(str(error))
+    except Damaged as error:
+        problems += str(error).split("\n")
+    problems += verify_further(store, manifest.files)
+    if problems and not store.exists(manifest_of(step)):
+        return Verdict(step=step, state="unfinished", problems=("it was removed while it was read",))
+    surplus = tuple(surplus_files(store, step))
+    return Verdict(step=step, state="damaged" if problems else "whole", problems=tuple(problems), surplus=surplus)
+
+
 def _missing_files(store: Store, step: int, manifest: Manifest, indexes: list[Index]) -> str | None:
     there = set(store.names(folder_of(step) + "/"))
     wanted = [*(file.name for file in manifest.files), *(index.data_name for index in indexes)]
     missing = [name for name in wanted if name not in there]
     return f"{', '.join(missing)}: missing" if missing else None
+
+
+def steps_in(store: Store, step: int | None) -> list[int]:
+    """All steps, or only `step`; CheckpointError if there is none, or not that one."""
+    steps = sorted(steps_and_files(store.names()))
+    if not steps:
+        raise CheckpointError(f"There are no checkpoints in {store!r}.")
+    if step not in (None, *steps):
+        has = ", ".join(map(str, steps))
+        raise CheckpointError(f"There is no checkpoint of step {step} in {store!r}; its steps are {has}.")
+    return steps if step is None else [step]
 
 
 def read_step(store: Store, step: int | None) -> tuple[Manifest, list[Index]]:
@@ -93,12 +152,9 @@ def read_step(store: Store, step: int | None) -> tuple[Manifest, list[Index]]:
         if not committed:
             raise CheckpointError(f"There is no whole checkpoint in {store!r}.")
         step = max(committed, key=lambda entry: entry.order or 0).step
-    steps = steps_and_files(store.names())
-    if MANIFEST not in steps.get(step, ()):
-        has = ", ".join(map(str, sorted(steps))) or "none"
-        raise CheckpointError(f"There is no checkpoint of step {step} in {store!r}; its steps are {has}.")
+    steps_in(store, step)
     try:
         manifest = read_manifest(store, step)
         return manifest, read_indexes(store, manifest)
     except Damaged as error:
-        raise CheckpointError(f"{folder_of(step)} in {store!r} is damaged: {error}") from error
+        raise CheckpointError(f"{folder_of(step)} in {store!r} cannot be used: {error}") from error

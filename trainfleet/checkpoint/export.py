@@ -7,8 +7,10 @@ array by array, read from the shards and verified, so that the model never has t
 from __future__ import annotations
 
 import json
+import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from trainfleet.checkpoint.arrays import DTYPES, num_bytes
@@ -16,10 +18,17 @@ from trainfleet.checkpoint.floats import FLOATS, recast
 from trainfleet.checkpoint.shard import Index
 from trainfleet.checkpoint.tree import StoredArray
 from trainfleet.checkpoint.whole import Whole
-from trainfleet.errors import CheckpointError
-from trainfleet.store import Buffer, Store
+from trainfleet.errors import CheckpointError, StoreError
+from trainfleet.store import Buffer, Store, write_file
 
 Float: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+Watch: TypeAlias = Callable[[Iterator[Buffer]], Iterator[Buffer]]
+"""Gives on the buffers it gets; sees how far they have come."""
+
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
+"""What the files of an export in shards are called."""
 
 PRECISIONS: dict[str, Float] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Dtypes by the words of a plan."""
@@ -39,12 +48,52 @@ def safetensors_of(
 
 
 def arrays_of(whole: Whole, state: str) -> list[StoredArray]:
-    """The arrays of a state; CheckpointError if it has none."""
+    """The arrays of a state; CheckpointError if it has none, or two would be called alike outside."""
     found = list(whole.arrays(state))
     if not found:
         has = ", ".join(whole.states)
         raise CheckpointError(f"There is no state {state!r} with arrays to export; the checkpoint holds {has}.")
+    named: dict[str, StoredArray] = {}
+    for array in found:
+        other = named.setdefault(exported_name(array), array)
+        if other is not array:
+            raise CheckpointError(f"{other.path} and {array.path} would both be called {exported_name(array)!r}.")
     return found
+
+
+def export_file(
+    whole: Whole, arrays: Sequence[StoredArray], file: Path, dtype: Float | None, watch: Watch = iter
+) -> int:
+    """Write these arrays as one file in one act; how many bytes that were. Damaged if what is stored is."""
+    return write_file(file, watch(file_of(whole, arrays, dtype)))
+
+
+def export_folder(
+    whole: Whole, groups: Sequence[Sequence[StoredArray]], folder: Path, dtype: Float | None, watch: Watch = iter
+) -> int:
+    """Write each group as a file, and the index that loaders look for; how many bytes that were.
+
+    All files are written beside their places first, so that damage found on the way harms no export that is there.
+    Then the index goes, the files are renamed, and the index comes last: what is cut short is no export. Shards of
+    an export before are removed, other files stay.
+    """
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    beside = folder / ".unfinished-export"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        total = sum(export_file(whole, group, beside / name, dtype, watch) for name, group in zip(names, groups))
+        (folder / INDEX).unlink(missing_ok=True)
+        for name in names:
+            (beside / name).replace(folder / name)
+        total += write_file(folder / INDEX, index_of(names, groups, dtype))
+        for file in folder.glob(SHARDS):
+            if file.name not in names:
+                file.unlink()
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return total
 
 
 def file_of(whole: Whole, arrays: Sequence[StoredArray], dtype: Float | None) -> Iterator[Buffer]:

@@ -28,6 +28,8 @@ from trainfleet.store import Store
 
 Finish: TypeAlias = Callable[[], Any]
 """Gives a value of the state once all bytes are read."""
+Tell: TypeAlias = Callable[[int], None]
+"""Hears of bytes that were read."""
 
 _ABSENT: Any = object()
 
@@ -228,11 +230,11 @@ class Loading:
 
     # read
 
-    def read(self, store: Store, *, world_size: int) -> None:
+    def read(self, store: Store, *, world_size: int, tell: Tell = lambda num_bytes: None) -> None:
         """Read and verify what is wanted here, and this rank's part of all else; Damaged names all that is bad.
 
         Of the files of the checkpoint every `world_size`-th is read whole here, wanted or not, so that
-        together the ranks have seen every byte.
+        together the ranks have seen every byte. `tell` hears of the bytes as they are read.
         """
         problems: list[str] = []
         for index in self._indexes:
@@ -240,7 +242,7 @@ class Loading:
                 piece for piece in index.pieces if index.rank % world_size == self._rank or self._wanted(index, piece)
             ]
             if pieces or index.rank % world_size == self._rank:
-                problems += self._read_file(store, index, pieces)
+                problems += self._read_file(store, index, pieces, tell)
         if not problems:
             for (path, _), targets in self._targets.items():
                 problems += [f"{path}: not all of it is stored" for t in targets if t.filled != t.region.volume]
@@ -253,13 +255,14 @@ class Loading:
         targets = self._targets.get((piece.path, piece.per_rank), [])
         return [target for target in targets if target.region.overlap(piece.region) is not None]
 
-    def _read_file(self, store: Store, index: Index, pieces: list[StoredPiece]) -> list[str]:
+    def _read_file(self, store: Store, index: Index, pieces: list[StoredPiece], tell: Tell) -> list[str]:
         problems = []
         try:
             with DataFile(store, index) as file:
                 for piece in pieces:
                     try:
                         self._read_piece(file, index, piece)
+                        tell(piece.end - piece.begin)
                     except Damaged as error:
                         problems.append(str(error))
         except Damaged as error:
@@ -274,6 +277,9 @@ class Loading:
             file.read(piece, wanted[0].data)  # the usual case, cut as it was: no second copy
             wanted[0].filled += piece.region.volume
             return
+        if not wanted:
+            file.check(piece)
+            return
         data = np.empty(piece.end - piece.begin, np.uint8)
         file.read(piece, data)
         for target in wanted:
@@ -286,9 +292,9 @@ class Loading:
             statefuls[name].load_state_dict(finish())
 
 
-def verify_shards(store: Store, indexes: list[Index]) -> None:
+def verify_shards(store: Store, indexes: list[Index], tell: Tell = lambda num_bytes: None) -> None:
     """Read everything and compare digests; Damaged names all that is bad."""
-    Loading(indexes, rank=0).read(store, world_size=1)
+    Loading(indexes, rank=0).read(store, world_size=1, tell=tell)
 
 
 def refuse_misfits(wrong: list[str], surplus: list[str], place: str) -> None:

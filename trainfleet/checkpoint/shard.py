@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,7 @@ class DataFile:
 
     def __init__(self, store: Store, index: Index) -> None:
         self._index = index
+        self._scratch: Bytes | None = None
         try:
             self._file: OpenBytes = store.open(index.data_name)
         except NotStored as error:
@@ -150,11 +151,26 @@ class DataFile:
 
     def read(self, piece: StoredPiece, target: Bytes) -> None:
         """Fill `target` with the bytes of the piece; Damaged if they are not those that were written."""
+        self._read(piece, (target[at : at + _CHUNK_BYTES] for at in range(0, target.size, _CHUNK_BYTES)))
+
+    def check(self, piece: StoredPiece) -> None:
+        """Read the piece, and keep nothing of it; Damaged if it is not as it was written."""
+        whole, rest = divmod(piece.end - piece.begin, _CHUNK_BYTES)
+        if self._scratch is None:
+            self._scratch = np.empty(_CHUNK_BYTES, np.uint8)
+        self._read(piece, (self._scratch[:size] for size in [_CHUNK_BYTES] * whole + [rest] * bool(rest)))
+
+    def _read(self, piece: StoredPiece, parts: Iterable[Bytes]) -> None:
+        """Into the parts one after another, each hashed while it is still in the cache."""
+        digest, at = RunningDigest(), piece.begin
         try:
-            self._file.read_into(piece.begin, target.data)
+            for part in parts:
+                self._file.read_into(at, part.data)
+                digest.update(part)
+                at += part.size
         except StoreError as error:
             raise Damaged(f"{self._index.data_name}: {piece.path} cannot be read: {error}") from error
-        if digest_of(target) != piece.digest:
+        if str(digest) != piece.digest:
             raise Damaged(f"{self._index.data_name}: {piece.path} does not match its digest")
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,11 @@ class Whole:
             data = whole.read(array)
     """
 
-    def __init__(self, store: Store, indexes: list[Index]) -> None:
+    def __init__(
+        self, store: Store, indexes: list[Index], tell: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """`tell` hears of the bytes as they are read."""
+        self._tell = tell
         self._store = store
         self._indexes = indexes
         self._open = ExitStack()
@@ -52,6 +56,15 @@ class Whole:
                 else:
                     self._pieces.setdefault(piece.path, []).append(held)
 
+    @property
+    def num_ranks(self) -> int:
+        """How many saved it."""
+        return len(self._indexes)
+
+    def states_of(self, rank: int) -> dict[str, Any]:
+        """As that rank gave them: a PerRank holds its own value."""
+        return {name: decode(state, name) for name, state in self._indexes[rank].state.items()}
+
     def arrays(self, state: str | None = None) -> Iterator[StoredArray]:
         """The arrays of one state, or of all, without those that are each rank's own."""
         for name, value in self.states.items():
@@ -67,6 +80,7 @@ class Whole:
         for each in held:
             self._read_into(each, array, region, data)
             filled += each.piece.region.volume
+            self._tell(each.piece.end - each.piece.begin)
         if filled != region.volume:
             raise Damaged(f"{array.path}: not all of it is stored")
         return data

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from trainfleet.errors import CheckpointError, ConfigError
+from trainfleet.errors import CheckpointError, ConfigError, DamageFound
 
 if TYPE_CHECKING:
     from trainfleet.checkpoint.catalog import Entry
-    from trainfleet.store import Buffer
+    from trainfleet.checkpoint.whole import Whole
 
 app = typer.Typer(
     help="List, inspect, verify, export, import and compare checkpoints.",
@@ -30,6 +31,7 @@ PLACE = typer.Argument(
 STEP = typer.Option(None, "--step", help="Of this step.  [default: the newest whole one]")
 AS_JSON = typer.Option(False, "--json", help="As JSON, for programs.")
 STATE = typer.Option("model", "--state", help="Which of the saved states.")
+FORCE = typer.Option(False, "--force", help="Replace what is there.")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -38,26 +40,21 @@ def list_(place: str = PLACE, as_json: bool = AS_JSON) -> None:
     """The checkpoints that stand, newest commit last. Only manifests and indexes are read; see `verify`."""
     from trainfleet.checkpoint.catalog import catalog, open_place
 
-    store, _ = open_place(place)
-    entries = sorted(catalog(store), key=lambda entry: (entry.order or 0, entry.step))
+    store, named = open_place(place)
+    entries = [entry for entry in catalog(store) if named in (None, entry.step)]
+    entries.sort(key=lambda entry: (entry.order or 0, entry.step))
     if as_json:
-        print(json.dumps([_plain(entry) for entry in entries], indent=2))
+        _print_json([_plain(entry) for entry in entries])
         return
     if not entries:
         print(f"There are no checkpoints in {place}.")
-    rows = [("step", "saved", "size", "ranks", "metrics", "")] * bool(entries) + [_row(entry) for entry in entries]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)] if rows else []
-    for row in rows:
-        cells = [
-            f"{cell:>{width}}" if i in (0, 2, 3) else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        print("  ".join([*cells, row[5]]).rstrip())
+        return
+    _print_table(("step", "saved", "size", "ranks", "plan", "metrics", ""), [_row(entry) for entry in entries])
 
 
 @app.command()
 def inspect(place: str = PLACE, step: int | None = STEP, as_json: bool = AS_JSON) -> None:
-    """What one checkpoint holds: states, arrays, metrics, the recipe it was saved by."""
+    """What one checkpoint holds: states, arrays, metrics, the plan it was saved by."""
     from trainfleet.checkpoint.catalog import describe, open_place, read_step
     from trainfleet.checkpoint.whole import Whole
     from trainfleet.monitor.units import readable_bytes
@@ -71,49 +68,56 @@ def inspect(place: str = PLACE, step: int | None = STEP, as_json: bool = AS_JSON
         listed = {
             n: [{"path": a.path, "dtype": a.dtype, "shape": a.shape} for a in found] for n, found in arrays.items()
         }
-        print(json.dumps({**_plain(entry), "states": listed}, indent=2))
+        _print_json({**_plain(entry), "states": listed, "files": [asdict(file) for file in manifest.files]})
         return
-    print(
-        f"step {entry.step}, saved {_when(entry)} by {entry.world_size} ranks, {readable_bytes(entry.num_bytes or 0)}"
-    )
+    ranks = f"{entry.world_size} rank{'s' * (entry.world_size != 1)}"
+    print(f"step {entry.step}, saved {_when(entry)} by {ranks}, {readable_bytes(entry.num_bytes or 0)}")
+    if entry.problem:
+        print(f"not usable: {entry.problem}")
     for name, value in (entry.metrics or {}).items():
         print(f"metric  {name} {value:g}")
-    plan = dict((entry.metadata or {}).get("recipe", {}).get("plan", {}))
-    if plan:
-        print("plan    " + " ".join(f"{key}={value}" for key, value in plan.items() if value not in (None, [], "none")))
+    if plan := _plan(entry):
+        print(f"plan    {plan}")
+    for name, value in (entry.metadata or {}).items():
+        if name != "recipe":
+            print(f"note    {name} {value}")
     for file in manifest.files:
         print(f"file    {file.name}  {readable_bytes(file.num_bytes)}")
     for name, found in arrays.items():
         print(f"state   {name}: {len(found)} array{'s' * (len(found) != 1)}")
+        width = max((len(array.path) for array in found), default=0) - len(name)
         for array in found:
-            print(f"        {array.path.partition('/')[2]:<44} {array.dtype:<9} {list(array.shape)}")
+            print(f"        {array.path[len(name) + 1 :]:<{width}} {array.dtype:<9} {list(array.shape)}")
 
 
 @app.command()
-def verify(place: str = PLACE, step: int | None = STEP) -> None:
-    """Read every byte of all checkpoints, or of one, and compare digests. Exit code 7 if anything is wrong."""
-    from trainfleet.checkpoint.catalog import open_place
-    from trainfleet.checkpoint.names import folder_of, steps_and_files
-    from trainfleet.checkpoint.restore import verify as problems_of
+def verify(place: str = PLACE, step: int | None = STEP, as_json: bool = AS_JSON) -> None:
+    """Read every byte of all checkpoints, or of one, and compare digests. Exit code 14 if bytes are wrong."""
+    from trainfleet.checkpoint.catalog import examine, open_place, steps_in
+    from trainfleet.checkpoint.names import folder_of
+    from trainfleet.cli.progress import Progress
 
     store, named = open_place(place)
-    chosen = step if step is not None else named
-    steps = sorted(steps_and_files(store.names())) if chosen is None else [chosen]
-    if not steps:
-        raise CheckpointError(f"There are no checkpoints in {place}.")
-    damaged = 0
-    for each in steps:
-        problems = problems_of(store, each)
-        wrong = [problem for problem in problems if not problem.endswith("not part of the checkpoint")]
-        print(f"{folder_of(each)}  {'damaged' if wrong else 'whole'}")
-        for problem in problems:
-            print(f"    {problem}")
-        damaged += bool(wrong)
-    if damaged:
-        raise CheckpointError(
-            f"Of {len(steps)} checkpoints {damaged} cannot be used.",
+    verdicts = []
+    for each in steps_in(store, step if step is not None else named):
+        with Progress(folder_of(each)) as progress:
+            verdict = examine(store, each, progress.add)
+        verdicts.append(verdict)
+        if not as_json:
+            print(f"{folder_of(each)}  {verdict.state}")
+            for problem in verdict.problems:
+                print(f"    {problem}")
+            for name in verdict.surplus:
+                print(f"    {name}: not part of the checkpoint")
+    if as_json:
+        _print_json([asdict(verdict) for verdict in verdicts])
+    if damaged := sum(verdict.state == "damaged" for verdict in verdicts):
+        raise DamageFound(
+            f"Of {len(verdicts)} checkpoint{'s' * (len(verdicts) > 1)} {damaged} cannot be used.",
             hint="A run passes over them and goes on from the newest whole one; remove them when you have looked.",
         )
+    if unreadable := [verdict for verdict in verdicts if verdict.state == "unreadable"]:
+        raise CheckpointError(unreadable[0].problems[0])
 
 
 @app.command()
@@ -124,68 +128,74 @@ def export(
     state: str = STATE,
     dtype: str | None = typer.Option(None, "--dtype", help="Round floats to it.", metavar="fp32|bf16|fp16"),
     shard_size: str | None = typer.Option(None, "--shard-size", help="Files of at most so much, such as 5GB."),
-    force: bool = typer.Option(False, "--force", help="Replace what is there."),
+    force: bool = FORCE,
 ) -> None:
     """Weights as safetensors, which load without trainfleet. Whole arrays, also from ZeRO-3; nothing unverified."""
     from trainfleet.checkpoint.catalog import open_place, read_step
-    from trainfleet.checkpoint.export import PRECISIONS, arrays_of, file_of, groups_of, index_of
+    from trainfleet.checkpoint.export import PRECISIONS, SHARDS, arrays_of, export_file, export_folder, groups_of
     from trainfleet.checkpoint.sealed import Damaged
     from trainfleet.checkpoint.whole import Whole
+    from trainfleet.cli.progress import Progress
     from trainfleet.monitor.units import readable_bytes
-    from trainfleet.store import FileStore
 
     if dtype is not None and dtype not in PRECISIONS:
         raise ConfigError(f"--dtype is {dtype!r}; allowed: one of {', '.join(PRECISIONS)}.")
     most = _size(shard_size) if shard_size else None
-    if (output.exists() if most is None else output.is_dir() and any(output.iterdir())) and not force:
+    if most is None and output.is_dir():
+        raise CheckpointError(f"{output} is a folder.", hint="Name a file in it, or write several with --shard-size.")
+    there = output.exists() if most is None else any(output.glob(SHARDS)) or output.is_file()
+    if there and not force:
         raise CheckpointError(f"{output} exists already.", hint="Name another output, or replace it with --force.")
     store, named = open_place(place)
     manifest, indexes = read_step(store, step if step is not None else named)
     want = PRECISIONS[dtype] if dtype else None
     try:
-        with Whole(store, indexes) as whole:
+        with Whole(store, indexes) as whole, Progress(str(output)) as progress:
             arrays = arrays_of(whole, state)
-            groups = [arrays] if most is None else groups_of(arrays, want, most)
-            names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-            folder = FileStore(output.parent if most is None else output)
-            total = 0
-            for name, group in zip([output.name] if most is None else names, groups):
-                total += folder.put(name, _shown(file_of(whole, group, want), name))
-            if most is not None:
-                folder.put("model.safetensors.index.json", index_of(names, groups, want))
+            if most is None:
+                total = export_file(whole, arrays, output, want, progress.watch)
+            else:
+                total = export_folder(whole, groups_of(arrays, want, most), output, want, progress.watch)
     except Damaged as error:
-        raise CheckpointError(f"Step {manifest.step} was not exported: {error}") from error
+        raise DamageFound(f"Step {manifest.step} was not exported: {error}") from error
     print(f"step {manifest.step}: {len(arrays)} arrays, {readable_bytes(total)}, in {output}")
 
 
 @app.command("import")
 def import_(
-    source: Path = typer.Argument(..., help="A safetensors or .pt file, a folder of either kind, or a DCP."),
-    output: Path = typer.Argument(..., help="The folder of checkpoints to save into."),
+    source: Path = typer.Argument(..., help="A .safetensors or .pt file, a folder of safetensors, or a DCP folder."),
+    output: str = typer.Argument(..., help="The folder of checkpoints to save into, or its URL.", metavar="OUTPUT"),
     step: int = typer.Option(0, "--step", help="As the checkpoint of this step.", min=0),
-    state: str = STATE,
+    state: str = typer.Option("model", "--state", help="As this state."),
     strip_prefix: str | None = typer.Option(
-        None, "--strip-prefix", help="Take this from all names.  [default: module. and _orig_mod. where all have it]"
+        None, "--strip-prefix", help="Take this off all names.  [default: what DDP, FSDP and torch.compile put there]"
     ),
-    force: bool = typer.Option(False, "--force", help="Replace a checkpoint of that step."),
+    only: str | None = typer.Option(None, "--only", help="Take only the arrays whose names begin so."),
+    force: bool = FORCE,
 ) -> None:
-    """Weights of others as a checkpoint, for `model.init_from` and `Checkpointer.restore`. Nothing is unpickled."""
-    from trainfleet.checkpoint import Checkpointer, Retention
-    from trainfleet.checkpoint.foreign import read_foreign, renamed
-    from trainfleet.store import FileStore
+    """Weights of others as a checkpoint, for `model.init_from` and `Checkpointer.restore`. Nothing in them is run."""
+    from trainfleet.checkpoint.foreign import import_arrays, open_foreign
+    from trainfleet.checkpoint.names import folder_of
+    from trainfleet.cli.progress import Progress
+    from trainfleet.monitor.units import readable_bytes
+    from trainfleet.store import open_store
 
-    checkpointer = Checkpointer(FileStore(output), retention=Retention(last=1_000_000))
-    with checkpointer:
-        if step in checkpointer.steps() and not force:
-            raise CheckpointError(
-                f"{checkpointer.place(step)} exists already.", hint="Name another --step, or replace it with --force."
-            )
-        tensors, prefix = renamed(read_foreign(source), strip_prefix)
-        states: dict[str, Any] = {state: _Imported(tensors)}
-        checkpointer.save(step, metadata={"imported_from": str(source)}, **states).wait()
-    if prefix:
-        print(f"names without {prefix!r}")
-    print(f"{len(tensors)} tensors as state {state!r} in {checkpointer.place(step)}")
+    found = open_foreign(source, strip=strip_prefix, only=only)
+    metadata = {"imported_from": str(source)}
+    with Progress(str(source), found.num_bytes) as progress:
+        import_arrays(
+            open_store(output),
+            found.arrays,
+            step=step,
+            state=state,
+            metadata=metadata,
+            replace=force,
+            tell=progress.add,
+        )
+    for remark in found.remarks:
+        print(remark)
+    size = readable_bytes(found.num_bytes)
+    print(f"{len(found.arrays)} arrays, {size}, as state {state!r} of {folder_of(step)} in {output}")
 
 
 @app.command()
@@ -194,55 +204,73 @@ def diff(
     second: str = typer.Argument(..., help="Another.", metavar="SECOND"),
     first_step: int | None = typer.Option(None, "--first-step", help="Of the first.  [default: the newest]"),
     second_step: int | None = typer.Option(None, "--second-step", help="Of the second.  [default: the newest]"),
-    state: str | None = typer.Option(None, "--state", help="Only this state.  [default: all]"),
+    state: str | None = typer.Option(None, "--state", help="Only this state.  [default: all, and what goes with them]"),
     as_json: bool = AS_JSON,
 ) -> None:
-    """How two checkpoints differ, however they were cut. Exit code 0 if they are equal to the bit, 1 if not."""
-    from trainfleet.checkpoint.catalog import open_place, read_step
-    from trainfleet.checkpoint.diff import differences
+    """How two checkpoints differ, however they were cut. Exit code 0 if all states are equal to the bit, 1 if not."""
+    from trainfleet.checkpoint.catalog import describe, open_place, read_step
+    from trainfleet.checkpoint.diff import differences, value_differences
     from trainfleet.checkpoint.sealed import Damaged
     from trainfleet.checkpoint.whole import Whole
+    from trainfleet.cli.progress import Progress
 
-    def opened(place: str, step: int | None) -> Whole:
+    def opened(place: str, step: int | None) -> tuple[Entry, Whole]:
         store, named = open_place(place)
-        return Whole(store, read_step(store, step if step is not None else named)[1])
+        manifest, indexes = read_step(store, step if step is not None else named)
+        return describe(store, manifest.step), Whole(store, indexes, progress.add)
 
-    found: list[Any] = []
+    found, beside = [], []
     try:
-        with opened(first, first_step) as one, opened(second, second_step) as other:
-            for each in differences(one, other, state):
-                found.append(each)
-                if not as_json:
-                    print(f"{each.path}  {each.what}")
+        with Progress("comparing") as progress:
+            one, first_whole = opened(first, first_step)
+            other, second_whole = opened(second, second_step)
+            with first_whole, second_whole:
+                found = list(differences(first_whole, second_whole, state))
     except Damaged as error:
-        raise CheckpointError(f"They cannot be compared: {error}") from error
+        raise DamageFound(f"They cannot be compared: {error}") from error
+    if state is None:
+        for name in ("metadata", "metrics"):
+            beside += value_differences(getattr(one, name) or {}, getattr(other, name) or {}, name)
     if as_json:
-        print(json.dumps([asdict(each) for each in found], indent=2))
-    elif not found:
-        print("They are equal to the bit.")
+        _print_json({"states": [asdict(each) for each in found], "beside": [asdict(each) for each in beside]})
+    else:
+        for each in [*found, *beside]:
+            print(f"{each.path}{'' if each.rank is None else f' of rank {each.rank}'}  {each.what}")
+        if not found:
+            print("The states are equal to the bit." if beside else "They are equal to the bit.")
+        if state is None and one.world_size != other.world_size:
+            ranks = f"{one.world_size} and {other.world_size} ranks"
+            print(f"Saved by {ranks}: what each rank has of its own was compared as far as both have that rank.")
     raise typer.Exit(1 if found else 0)
-
-
-class _Imported:
-    """Stateful: tensors by name, to be saved."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self._tensors = tensors
-
-    def state_dict(self) -> dict[str, Any]:
-        from trainfleet.state import ShardedArray
-
-        return {
-            name: ShardedArray(name=name, global_shape=tuple(t.shape), offsets=(0,) * t.ndim, local=t.contiguous())
-            for name, t in self._tensors.items()
-        }
-
-    def load_state_dict(self, state: Any, /) -> None:
-        self._tensors = dict(state)
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in asdict(entry).items() if value is not None}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_jsonable(value), indent=2))
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no nan, no infinity and no bytes: they become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Numbers to the right, words to the left, the last column as it comes; columns without a word are left out."""
+    columns = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [f"{row[i]:>{widths[i]}}" if head[i] in ("step", "size", "ranks") else row[i] for i in columns[:-1]]
+        padded = [f"{cell:<{widths[i]}}" for cell, i in zip(cells, columns)]
+        print("  ".join([*padded, row[columns[-1]]]).rstrip())
 
 
 def _when(entry: Entry) -> str:
@@ -251,15 +279,25 @@ def _when(entry: Entry) -> str:
     )
 
 
+def _plan(entry: Entry) -> str:
+    """The words and numbers of the plan."""
+    recipe = (entry.metadata or {}).get("recipe")
+    plan = recipe.get("plan") if isinstance(recipe, Mapping) else None
+    if not isinstance(plan, Mapping):
+        return ""
+    words = {key: value for key, value in plan.items() if isinstance(value, str | int) and not isinstance(value, bool)}
+    return " ".join(f"{key}={value}" for key, value in words.items() if value != "none")
+
+
 def _row(entry: Entry) -> tuple[str, ...]:
     from trainfleet.monitor.units import readable_bytes
 
+    problem = f"not usable: {entry.problem}" if entry.problem else ""
     if entry.order is None:
-        return (str(entry.step), "", "", "", "", f"not usable: {entry.problem}")
+        return (str(entry.step), "", "", "", "", "", problem)
     metrics = " ".join(f"{name} {value:.4g}" for name, value in (entry.metrics or {}).items())
     size = readable_bytes(entry.num_bytes or 0)
-    problem = f"not usable: {entry.problem}" if entry.problem else ""
-    return (str(entry.step), _when(entry), size, str(entry.world_size), metrics, problem)
+    return (str(entry.step), _when(entry), size, str(entry.world_size), _plan(entry), metrics, problem)
 
 
 def _size(text: str) -> int:
@@ -273,20 +311,3 @@ def _size(text: str) -> int:
     if size < 1:
         raise ConfigError(f"--shard-size is {text!r}; write a size such as 5GB or 500MB.")
     return size
-
-
-def _shown(chunks: Iterable[Buffer], name: str) -> Iterator[Buffer]:
-    """The same chunks; in a terminal, with how far they have come."""
-    import sys
-
-    from trainfleet.monitor.units import readable_bytes
-
-    done, told = 0, time.monotonic()
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        if sys.stderr.isatty() and time.monotonic() - told > 0.5:
-            told = time.monotonic()
-            print(f"\r{name}  {readable_bytes(done)}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)

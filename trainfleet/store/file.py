@@ -165,20 +165,8 @@ class FileStore:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self._root))
 
     def _sweep(self) -> None:
-        """Remove what writers left that are dead by now."""
         for path in list(_files_below(self._root)):
-            if not path.name.startswith(UNFINISHED):
-                continue
-            with contextlib.suppress(OSError):  # a lock refused, or removed by another sweeper: not ours to remove
-                ours = path.name.startswith(_unfinished_here())
-                if not ours and time.time() - path.stat().st_mtime < _DAY_SECONDS:
-                    continue
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                finally:
-                    os.close(descriptor)
+            if path.name.startswith(UNFINISHED) and _sweep_one(path):
                 self._remove_empty_folders(path.parent)
 
     def _remove_empty_folders(self, folder: Path) -> None:
@@ -190,6 +178,22 @@ class FileStore:
             except OSError:
                 return
             folder = folder.parent
+
+
+def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> int:
+    """Write a file of exactly this name in one act and for good, as a store does; how many bytes that were.
+
+    Its folder is made if need be. StoreError says why it cannot be written; then what stood there stands.
+    """
+    path = path.absolute()
+    with _translated("write", path.name, path.parent):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for left in path.parent.glob(f"{UNFINISHED}*"):
+            _sweep_one(left)
+        size = _write_and_rename(path, None, data)
+        _fsync_folder(path.parent)
+    return size
 
 
 class _OpenFile:
@@ -269,7 +273,23 @@ def _unfinished_here() -> str:
     return f"{UNFINISHED}{_escape(os.uname().nodename)}-"
 
 
-def _open_unfinished(folder: Path, root: Path) -> tuple[int, Path]:
+def _sweep_one(path: Path) -> bool:
+    """Remove what a writer left that is dead by now; whether it was one."""
+    with contextlib.suppress(OSError):  # a lock refused, or removed by another sweeper: not ours to remove
+        ours = path.name.startswith(_unfinished_here())
+        if not ours and time.time() - path.stat().st_mtime < _DAY_SECONDS:
+            return False
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _open_unfinished(folder: Path, root: Path | None) -> tuple[int, Path]:
     """A new locked file in `folder`, which is made if need be."""
     for _attempt in range(100):
         path = folder / f"{_unfinished_here()}{secrets.token_hex(8)}"
@@ -287,7 +307,7 @@ def _open_unfinished(folder: Path, root: Path) -> tuple[int, Path]:
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
-def _write_and_rename(path: Path, root: Path, data: Buffer | Iterable[Buffer]) -> int:
+def _write_and_rename(path: Path, root: Path | None, data: Buffer | Iterable[Buffer]) -> int:
     descriptor, unfinished = _open_unfinished(path.parent, root)
     # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
     with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
