@@ -215,8 +215,22 @@ class _Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._died, self._result = {}, None
+        self._agree_on_restarts(worker_group)
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
+
+    def _agree_on_restarts(self, worker_group: WorkerGroup) -> None:
+        """Let the ranks of all hosts hear of equally many restarts: where they meet depends on that number.
+
+        A host whose ranks failed counts one; another that only saw it come back would not.
+        """
+        size, store = worker_group.group_world_size or 1, worker_group.store
+        if size == 1 or store is None:
+            return
+        most = worker_group.spec.max_restarts
+        store.set(f"trainfleet/restarts/{worker_group.group_rank}", str(most - self._remaining_restarts))
+        counted = [int(store.get(f"trainfleet/restarts/{host}")) for host in range(size)]
+        self._remaining_restarts = most - max(counted)
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         # Ranks whose peer is gone end by themselves. Those that hang would be given half a minute.
