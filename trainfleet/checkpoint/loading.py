@@ -285,6 +285,15 @@ class Loading:
         for target in wanted:
             target.take(piece, data)
 
+    def wants(self, piece: StoredPiece) -> bool:
+        """Whether this rank wants some of a piece that is no rank's own."""
+        return bool(self._wanted(self._indexes[0], piece))
+
+    def take(self, piece: StoredPiece, data: Bytes) -> None:
+        """The bytes of such a piece, from wherever they came."""
+        for target in self._wanted(self._indexes[0], piece):
+            target.take(piece, data)
+
     # apply
 
     def apply(self, statefuls: Mapping[str, Stateful]) -> None:
@@ -297,15 +306,15 @@ def verify_shards(store: Store, indexes: list[Index], tell: Tell = lambda num_by
     Loading(indexes, rank=0).read(store, world_size=1, tell=tell)
 
 
-def refuse_misfits(wrong: list[str], surplus: list[str], place: str) -> None:
+_REMEDY = "Restore into the model and optimizer that were saved; `partial=True` leaves out whole states."
+
+
+def refuse_misfits(wrong: list[str], surplus: list[str], place: str, *, hint: str = _REMEDY) -> None:
     """CheckpointError if the state of any rank does not fit, naming what and how."""
     said = [*wrong, *(f"{path} is in the checkpoint and not here" for path in surplus)]
     if said:
         shown = "; ".join(said[:10]) + (f"; and {len(said) - 10} more" if len(said) > 10 else "")
-        raise CheckpointError(
-            f"{place} does not fit this run: {shown}.",
-            hint="Restore into the model and optimizer that were saved; `partial=True` leaves out whole states.",
-        )
+        raise CheckpointError(f"{place} does not fit this run: {shown}.", hint=hint)
 
 
 def _has_arrays(value: Any) -> bool:

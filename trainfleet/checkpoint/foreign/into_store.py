@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any, cast
 
 from trainfleet.checkpoint.arrays import Bytes, num_bytes
-from trainfleet.checkpoint.foreign.pieces import ForeignArray, ForeignPiece
+from trainfleet.checkpoint.foreign.pieces import ForeignArray, ForeignPiece, state_tree
 from trainfleet.checkpoint.names import MANIFEST, Attempt, folder_of, steps_and_files
 from trainfleet.checkpoint.order import Order, carry_out
 from trainfleet.checkpoint.retention import Retention
@@ -71,11 +71,9 @@ class _Unread:
 
 
 def _staged(arrays: tuple[ForeignArray, ...], state: str, tell: Callable[[int], None]) -> StagedShard:
-    pieces, described = [], []
+    pieces = []
     for array in arrays:
         path = join(state, array.name)
-        node = {"$": "array", "dtype": array.dtype, "shape": list(array.shape), "library": "torch", "sharded": False}
-        described.append([array.name, node])
         for piece in array.pieces:
             late = _Unread(piece, array.name, num_bytes(array.dtype, piece.region.shape), tell)
             pieces.append(
@@ -88,5 +86,4 @@ def _staged(arrays: tuple[ForeignArray, ...], state: str, tell: Callable[[int], 
                     per_rank=False,
                 )
             )
-    tree = {state: {"$": "dict", "items": described}}  # this form, as a name may begin with $
-    return StagedShard(state=tree, pieces=tuple(pieces), left_to_rank_0=())
+    return StagedShard(state=state_tree(arrays, state), pieces=tuple(pieces), left_to_rank_0=())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainfleet.checkpoint.arrays import DTYPES, Bytes, as_words, num_bytes
 from trainfleet.checkpoint.regions import Region, first_overlap, tiles
+from trainfleet.checkpoint.tree import Json
 from trainfleet.errors import CheckpointError
 
 _MOST_DIMENSIONS = 64
@@ -82,3 +83,12 @@ def check_pieces(array: ForeignArray) -> None:
         raise CheckpointError(f"Two pieces of {array.name} hold the same elements.")
     if not tiles(regions, array.shape):
         raise CheckpointError(f"The pieces of {array.name} leave a hole: they do not make up {array.shape}.")
+
+
+def state_tree(arrays: Iterable[ForeignArray], state: str) -> Json:
+    """The arrays as one state of a checkpoint, in the form of checkpoint/tree.py."""
+    nodes = [
+        [a.name, {"$": "array", "dtype": a.dtype, "shape": list(a.shape), "library": "torch", "sharded": False}]
+        for a in arrays
+    ]
+    return {state: {"$": "dict", "items": nodes}}  # not plain JSON, as a name may begin with $
