@@ -17,7 +17,6 @@ from trainfleet.comm.group import Group
 from trainfleet.errors import CheckpointError, StoreError, TrainfleetError
 from trainfleet.state import Stateful
 
-
 _REMEDY = (
     "If only names differ, import it under those of this model: trainfleet checkpoint import --strip-prefix, --only."
 )
