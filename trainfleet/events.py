@@ -120,6 +120,8 @@ class RunEnded(Event):
     """`finished`, `stopped early`, `interrupted`, or the sentence of an error."""
     seconds: float
     summary: Mapping[str, float | str] = field(default_factory=dict)
+    lost_peer: bool = False
+    """True where this rank ended only because another had: whoever starts them anew waits for it."""
 
 
 class Observer(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class Numbers:
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """The ranks that `trainfleet train` has started, in order; they bear their number as name."""
-    below = psutil.Process(launcher).children(recursive=True)
+    servers = psutil.Process(launcher).children()
+    below = [process for server in servers for process in server.children()]
     return sorted((process for process in below if process.name().startswith("rank ")), key=psutil.Process.name)
 
 
@@ -85,3 +87,10 @@ def same(a: Any, b: Any) -> bool:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(folder / "run" / "metrics.jsonl")]
+
+
+def await_step(job: Path, step: int) -> None:
+    ends = time.monotonic() + 90
+    while not any(int(path.name[5:]) >= step for path in (job / "run" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < ends, "the run does not come so far"
+        time.sleep(0.01)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 
 pytest.importorskip("torch", reason="a run needs torch")
 
-from killed_run import RECIPE, STEPS, losses, same, states_at, write_job
+from killed_run import RECIPE, STEPS, await_step, losses, ranks_of, same, states_at, write_job
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.store import FileStore
 
 pytestmark = pytest.mark.cluster
 
+COMMAND = [sys.executable, "-m", "trainfleet.cli.main", "train", "recipe.yaml", "--nproc", "2"]
 PLACES = (
     "mid-step",
     "staging",
@@ -62,8 +64,7 @@ def train(folder: Path, kills: list[dict[str, Any]], recipe: str = RECIPE) -> in
         "KILLS": str(folder / "kills.json"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "trainfleet.cli.main", "train", "recipe.yaml", "--nproc", "2"]
-    command += ["--max-restarts", str(len(kills))]
+    command = [*COMMAND, "--max-restarts", str(len(kills))]
     for start in range(1, len(kills) + 2):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         if done.returncode == 0:
@@ -103,3 +104,22 @@ def test_eight_kills_leave_the_run_that_was_never_killed(never_killed: Path, tmp
 @pytest.mark.parametrize("seed", range(2, 9))
 def test_fifty_six_kills_leave_the_run_that_was_never_killed(never_killed: Path, tmp_path: Path, seed: int) -> None:
     hold_against(never_killed, tmp_path / "job", kills_of(seed=seed, count=8))
+
+
+def test_a_rank_that_hangs_is_given_up_by_the_others_and_the_run_goes_on(never_killed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    write_job(folder)
+    launcher = subprocess.Popen([*COMMAND, "--max-restarts", "1", "train.timeout_seconds=2"], cwd=folder)
+    try:
+        await_step(folder, 10)
+        (rank,) = ranks_of(launcher.pid)[1:]
+        begun = time.monotonic()
+        rank.suspend()
+        while rank.is_running():
+            assert time.monotonic() < begun + 60, "the stopped rank is still there"
+            time.sleep(0.05)
+        assert launcher.wait(120) == 0
+    finally:
+        launcher.kill()
+    assert losses(folder) == losses(never_killed)
+    assert same(states_at(folder, STEPS), states_at(never_killed, STEPS))

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch", reason="two hosts need torch")
 
-from killed_run import STEPS, losses, ranks_of, same, states_at, write_job
+from killed_run import STEPS, await_step, losses, ranks_of, same, states_at, write_job
 
 pytestmark = pytest.mark.cluster
 
@@ -198,10 +198,3 @@ def test_a_run_goes_on_after_the_ranks_of_one_host_were_killed(hosts, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], ended
     assert losses(job) == losses(reference)
     assert same(states_at(job, STEPS), states_at(reference, STEPS))
-
-
-def await_step(job: Path, step: int) -> None:
-    ends = time.monotonic() + 90
-    while not any(int(path.name[5:]) >= step for path in (job / "run" / "checkpoints").glob("step-*")):
-        assert time.monotonic() < ends, "the run does not come so far"
-        time.sleep(0.01)

@@ -22,6 +22,7 @@ from trainfleet.errors import (  # noqa: E402
     CheckpointError,
     ConfigError,
     DataError,
+    FailedTwice,
     PlanError,
     StoreError,
     TrainfleetError,
@@ -119,13 +120,15 @@ def test_weights_alone_come_from_another_run(tmp_path: Path) -> None:
     job.run(recipe(tmp_path / "first"))
     from trainfleet.mesh import Mesh
 
-    second = recipe(tmp_path / "second", model={"init_from": str(tmp_path / "first")}, train={"seed": 7})
     with Mesh.from_env() as mesh:
         with job.prepared(recipe(tmp_path / "first"), mesh, job.Given()) as first:
             expected = [p.detach().clone() for p in first.model.parameters()]
-        with job.prepared(second, mesh, job.Given()) as trainer:
-            assert trainer.step == 0
-            assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), expected))
+            torch.save({"model": first.model.state_dict()}, tmp_path / "first.pt")
+        for place in ("first", "first.pt"):
+            second = recipe(tmp_path / f"from_{place}", model={"init_from": str(tmp_path / place)}, train={"seed": 7})
+            with job.prepared(second, mesh, job.Given()) as trainer:
+                assert trainer.step == 0
+                assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), expected))
 
 
 def on_ranks(folder: str, zero: int, deferred: bool) -> list[float]:
@@ -203,16 +206,30 @@ def test_a_run_of_one_process_goes_on_after_errors_that_do_not_repeat(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("failures", "retries", "left"),
-    [([(3, "one"), (3, "one"), (3, "x")], 9, 1), ([(3, "a"), (3, "b"), (3, "c")], 2, 0)],
+    ("failures", "retries", "error", "left"),
+    [
+        ([(3, "one"), (3, "one"), (3, "x")], 9, FailedTwice, 1),
+        ([(3, "a"), (3, "b"), (3, "c")], 2, ValueError, 0),
+    ],
 )
 def test_the_same_error_at_the_same_step_is_not_tried_a_third_time(
-    tmp_path: Path, failures: list[tuple[int, str]], retries: int, left: int
+    tmp_path: Path, failures: list[tuple[int, str]], retries: int, error: type[Exception], left: int
 ) -> None:
     Flaky.failures = failures
-    with pytest.raises(ValueError, match=r"^(one|c)$"):
+    with pytest.raises(error, match=r"(after step 3: one|^c)$") as caught:
         job.run(recipe(tmp_path, train={"max_retries": retries, "step_fn": f"{__name__}:flaky"}))
     assert len(Flaky.failures) == left
+    report = tmp_path / "failure.txt"
+    assert report.exists() == (error is FailedTwice)
+    if isinstance(caught.value, FailedTwice):
+        assert str(report) in (caught.value.hint or "") and "raise ValueError" in report.read_text()
+
+
+def test_retries_without_checkpoints_change_nothing(tmp_path: Path) -> None:
+    Flaky.failures = [(3, "one"), (3, "two")]
+    trying = {"max_retries": 3, "step_fn": f"{__name__}:flaky"}
+    with pytest.raises(ValueError, match="one"):
+        job.run(recipe(tmp_path, train=trying, checkpoint={"every": None}))
 
 
 def test_a_second_run_in_one_folder_is_told_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ class LossCurve:
             for name, value in event.summary.items():
                 if name.startswith(BASELINE) and isinstance(value, (int, float)):
                     self._baselines[name.removeprefix(BASELINE)] = value
-            self.draw()
+            if not event.lost_peer:
+                self.draw()
 
     def draw(self) -> None:
         """Put the picture in place of the older one, wholly or not at all."""

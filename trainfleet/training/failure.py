@@ -129,10 +129,11 @@ def note_step(exc: BaseException, step: int) -> None:
         setattr(exc, _STEP, step)
 
 
-def leave_report(folder: Path, error: RankFailed) -> Path | None:
+def leave_report(folder: Path, error: RankFailed, cause: BaseException | None = None) -> Path | None:
     """Write what is known of the failure of a run into its folder, for whoever comes later; None where that fails."""
     path = folder / REPORT
-    lines = [time.strftime("%Y-%m-%d %H:%M:%S%z"), str(error), error.hint or "", str(error.__cause__ or "")]
+    below = "".join(traceback.format_exception(cause)) if cause else str(error.__cause__ or "")
+    lines = [time.strftime("%Y-%m-%d %H:%M:%S%z"), str(error), error.hint or "", below]
     try:
         path.write_text("\n".join(line for line in lines if line) + "\n", encoding="utf-8")
     except OSError:

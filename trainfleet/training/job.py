@@ -6,22 +6,24 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.config import to_plain, to_yaml
-from trainfleet.errors import CheckpointError, ConfigError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, StoreError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder, observers_for
 from trainfleet.store import open_store
+from trainfleet.training.failure import MEND, leave_report
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.progress import Progress
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from trainfleet.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_AFTER_A_LOSS = timedelta(seconds=0.5)
+"""For a save under way when a peer is lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,8 @@ def run(recipe: Recipe, given: Given | None = None) -> Outcome:
     A run that has taken all its steps already is left as it is: the outcome's reason is `finished before`.
     """
     recipe = as_restarted(recipe, RankEnvironment.from_env().restart)
-    with Mesh.from_env(recipe.plan) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
+    patience = timedelta(seconds=recipe.train.timeout_seconds)
+    with Mesh.from_env(recipe.plan, timeout=patience) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
         if trainer.step >= recipe.train.steps:
             logger.info(
                 "The run in %s has taken its %d steps. Raise train.steps to go on, or start anew with --resume never.",
@@ -60,10 +66,11 @@ def run(recipe: Recipe, given: Given | None = None) -> Outcome:
                 trainer.step,
             )
             return Outcome(step=trainer.step, reason="finished before", loss=None, evaluation=None)
-        return _fit(trainer, retries=recipe.train.max_retries if mesh.world_size == 1 else 0)
+        retries = recipe.train.max_retries if mesh.world_size == 1 and recipe.checkpoint.every else 0
+        return _fit(trainer, retries=retries, folder=Path(recipe.folder))
 
 
-def _fit(trainer: Trainer, retries: int) -> Outcome:
+def _fit(trainer: Trainer, *, retries: int, folder: Path) -> Outcome:
     """Train; after an error go on from the newest checkpoint, unless the same came at the same step before."""
     last: str | None = None
     while True:
@@ -71,7 +78,14 @@ def _fit(trainer: Trainer, retries: int) -> Outcome:
             return trainer.fit()
         except Exception as exc:
             met = f"{type(exc).__name__} after step {trainer.step}: {exc}"
-            if retries == 0 or met == last:
+            if met == last:
+                error = FailedTwice(
+                    f"The run failed twice in the same way, so it was not tried again: {met}", hint=MEND
+                )
+                if report := leave_report(folder, error, exc):
+                    error.hint = f"{MEND} The report is in {report}."
+                raise error from exc
+            if retries == 0:
                 raise
             retries, last = retries - 1, met
             logger.warning("%s. The run goes on from its newest checkpoint; %d retries are left.", met, retries)
@@ -121,7 +135,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         closing.callback(_close, batches)
         checkpointer = _open_checkpointer(recipe, folder, mesh) if recipe.checkpoint.every else None
         if checkpointer is not None:
-            closing.enter_context(checkpointer)
+            closing.push(_Closing(checkpointer))
         trainer = Trainer(
             model,
             optimizer,
@@ -222,6 +236,25 @@ def _open_checkpointer(recipe: Recipe, folder: RunFolder, mesh: Mesh) -> Checkpo
     )
 
 
+class _Closing(AbstractContextManager[None]):
+    """Closes a checkpointer. After the loss of a peer a save is given a moment only: its other shards may never come,
+    and whoever is to start anew waits for this rank to end."""
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self._checkpointer = checkpointer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, PeerError):
+            try:
+                self._checkpointer.wait(_AFTER_A_LOSS)
+            except CheckpointError as failed:
+                logger.info("%s", failed)
+                return  # its writer ends with this process
+        self._checkpointer.__exit__(kind, error, trace)
+
+
 def _begin_or_resume(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer | None) -> None:
     if checkpointer is not None and recipe.checkpoint.resume != "never":
         step = trainer.restore(cast=recipe.checkpoint.cast)
@@ -233,15 +266,17 @@ def _begin_or_resume(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointe
             hint="Look for the right folder, or begin with resume=auto.",
         )
     if recipe.model.init_from is not None:
-        _load_weights(recipe.model.init_from, trainer)
+        _load_weights(recipe, recipe.model.init_from, trainer)
 
 
-def _load_weights(path: str, trainer: Trainer) -> None:
-    """Weights alone, from a checkpoint folder or a run folder."""
-    place = Path(path) / "checkpoints" if (Path(path) / "checkpoints").is_dir() else Path(path)
-    source = Checkpointer(open_store(str(place)), group=trainer.mesh.data_axes)
-    if source.restore(partial=True, model=trainer.engine.state()["model"]) is None:
-        raise CheckpointError(f"model.init_from is {path!r}, but there is no checkpoint in it.")
+def _load_weights(recipe: Recipe, path: str, trainer: Trainer) -> None:
+    """Weights alone, from wherever `load_weights` finds them."""
+    from trainfleet.checkpoint.weights import load_weights
+
+    try:
+        load_weights(path, trainer.engine.state()["model"], group=trainer.mesh.data_axes, cast=recipe.checkpoint.cast)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.init_from is {path!r}: {error}", hint=error.hint) from error
 
 
 def _evaluation(

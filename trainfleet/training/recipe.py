@@ -24,7 +24,8 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
     init_from: str | None = None
-    """A checkpoint folder of this project whose weights, and nothing else, the run begins with."""
+    """Weights, and nothing else, that the run begins with: a run folder, a checkpoint, safetensors, a file of torch.save
+    or a distributed checkpoint."""
     deferred: bool = False
     """Build on the meta device, so that no host ever holds the whole model. The numbers are the same."""
 
@@ -94,6 +95,9 @@ class TrainConfig:
     """A loss so many times the median of the last 50 counts as a jump; null: only what is not finite counts."""
     max_rollbacks: int = 3
     """Rollbacks without a new best step in between, before the run ends with an error."""
+    timeout_seconds: float = 600.0
+    """How long a rank waits for the others before it takes them for lost and ends: longer than the slowest of them can
+    be late, as in an evaluation or a compilation. With `--max-restarts` the ranks then start anew."""
     step_fn: str | None = None
     """Import path of (engine, micro_batches) -> LossSum that takes the place of engine.forward_backward."""
     finish: str | None = None
@@ -110,6 +114,8 @@ class TrainConfig:
             raise ConfigError(f"train.rollback_every is {self.rollback_every}; use 1 step or more, or null.")
         if self.rollback_spike is not None and self.rollback_spike <= 1:
             raise ConfigError(f"train.rollback_spike is {self.rollback_spike}; a jump is more than 1 times the median.")
+        if self.timeout_seconds <= 0:
+            raise ConfigError(f"train.timeout_seconds is {self.timeout_seconds}; it must be positive.")
         if self.max_retries < 0 or self.max_rollbacks < 0:
             raise ConfigError("train.max_retries and train.max_rollbacks cannot be negative; use 0 for none.")
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
 from trainfleet.checkpoint import Checkpointer, Save
-from trainfleet.errors import CheckpointError, ConfigError, DataError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, DataError, PeerError, StoreError
 from trainfleet.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -122,7 +122,7 @@ class Trainer:
         started = time.monotonic()
         loss: float | None = None
         summary: dict[str, float | str] = {}
-        reason = "finished"
+        reason, lost_peer = "finished", False
         self._emit(self._run_started(steps))
         try:
             if self.config.rollback_every is not None:
@@ -139,10 +139,12 @@ class Trainer:
         except BaseException as exc:
             note_step(exc, self.step)
             reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
+            lost_peer = isinstance(exc, PeerError)
             raise
         finally:
             seconds = time.monotonic() - started
-            self._emit(RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary))
+            ended = RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary, lost_peer=lost_peer)
+            self._emit(ended)
         return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._last_evaluation)
 
     def _after_step(self, steps: int, vote: StopVote) -> str:
@@ -321,6 +323,18 @@ class Trainer:
             self._saved_step = step
             self._emit(Restored(step=step, path=self._checkpointer.place(step)))
         return step
+
+    def has_checkpoint(self) -> bool:
+        """Whether anything was committed that `restore` could go on from; whether it is whole, `restore` finds out."""
+        return self._checkpointer is not None and self._checkpointer.has_checkpoint()
+
+    def reset(self) -> None:
+        """Remove every checkpoint. Nothing else ever does, and the model stays as it is; all ranks call it."""
+        if self._checkpointer is None:
+            raise ConfigError("There are no checkpoints to remove; give the Trainer `checkpointer`.")
+        self._saving = None
+        self._checkpointer.reset()
+        self._saved_step = -1
 
     def _all_states(self) -> dict[str, Stateful]:
         """What a checkpoint holds: all that the next step depends on, and what observers remember."""
