@@ -8,7 +8,8 @@ from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.restore import surplus_files
-from trainfleet.errors import CheckpointError
+from trainfleet.comm.threads import run_ranks
+from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.state import Setting, ShardedArray
 from trainfleet.store import MemoryStore
 
@@ -59,6 +60,23 @@ def test_reset_removes_every_checkpoint_and_nothing_else():
         assert not checkpointer.has_checkpoint() and store.names() == ["notes"]
         checkpointer.save(3, m=Held(n=3)).wait()
     assert Checkpointer(store).restore(m=Held(n=0)) == 3
+
+
+def test_all_ranks_hear_that_nothing_could_be_removed():
+    class Stuck(MemoryStore):
+        def delete(self, name):
+            raise StoreError("Cannot delete: permission is denied.")
+
+    store = Stuck()
+
+    def reset(group):
+        with Checkpointer(store, group=group) as checkpointer:
+            checkpointer.save(1, m=Held(n=1)).wait()
+            with pytest.raises(CheckpointError, match="could not be removed: Cannot delete"):
+                checkpointer.reset()
+            return checkpointer.steps()
+
+    assert run_ranks(2, reset) == [[1], [1]]
 
 
 def test_what_does_not_belong_is_told_apart():

@@ -89,6 +89,7 @@ class Checkpointer:
 
     def prepare(self, **statefuls: Stateful) -> None:
         """Get memory and writer for saves of these states now, so that the first save costs no more than the others."""
+        self._await_previous()
         self.hold()
         reserve(statefuls, self._memory, rank=self._rank)
         self._start_writer()
@@ -221,12 +222,18 @@ class Checkpointer:
         """Remove every checkpoint of the store. Nothing else ever does; all ranks call it."""
         if self._save is not None:
             self._save.settle()
-        self.hold()
-        if self._rank == 0:
-            for step, files in steps_and_files(self._store.names()).items():
-                remove_checkpoint(self._store, step, [file for file in files if file != MANIFEST])
+        failure: str | None = None
+        try:
+            self.hold()
+            if self._rank == 0:
+                for step, files in steps_and_files(self._store.names()).items():
+                    remove_checkpoint(self._store, step, [file for file in files if file != MANIFEST])
+        except StoreError as error:
+            failure = str(error)
         if self._group is not None:
-            self._group.barrier()
+            failure = self._group.exchange(failure)[0]
+        if failure is not None:
+            raise CheckpointError(f"The checkpoints could not be removed: {failure}")
 
     # restoring
 

@@ -34,8 +34,8 @@ from trainfleet.store import open_store
 
 logger = logging.getLogger(__name__)
 
-CAN_RUN = CAN_BE_SHARED
-"""Whether this system has what a writer process needs: Linux."""
+CAN_RUN = CAN_BE_SHARED and bool(sys.executable)
+"""Whether this system has what a writer process needs: Linux, and a Python to start."""
 
 _END_SECONDS = 5.0
 _WATCH_SECONDS = 0.5  # between two looks for the parent, where it cannot be waited for

@@ -24,7 +24,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
     init_from: str | None = None
-    """Weights, and nothing else, that the run begins with: a run folder, a checkpoint, safetensors, a file of torch.save
+    """Weights, and nothing else, that the run begins with: a run folder, a checkpoint, safetensors, a torch.save file
     or a distributed checkpoint."""
     deferred: bool = False
     """Build on the meta device, so that no host ever holds the whole model. The numbers are the same."""
