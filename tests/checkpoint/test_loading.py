@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfleet.checkpoint import Checkpointer, Retention
+from trainfleet.checkpoint.catalog import catalog, examine, read_step
+from trainfleet.checkpoint.export import safetensors_of
+from trainfleet.checkpoint.sealed import Damaged, digest_of, seal, unseal
+from trainfleet.checkpoint.whole import whole_states
 from trainfleet.comm.threads import run_ranks
-from trainfleet.errors import CheckpointError
+from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.state import PerRank, ShardedArray
 from trainfleet.store import FileStore, MemoryStore
 
@@ -286,3 +291,96 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
     with pytest.raises(CheckpointError, match="none is whole"):
         Checkpointer(FileStore(tmp_path)).restore(**live)
     assert live["model"].loads == 0
+
+
+# what was forged, or written by a program that errs: digests are right, contents are not
+
+HOSTILE = [None, True, -1, 0, 1, 2**31, 2**62, 2**70, 1e308, "", "x", "../../x", "\x00", [], [[]], {}, {"$": "x"}]
+HOSTILE += [
+    {"$": "array"},
+    {"$": "bytes", "base64": "*"},
+    {"$": "dict", "items": [[[], 1]]},
+    {"$": "float", "value": "x"},
+]
+HOSTILE += [
+    {"$": "scalar", "dtype": "O", "base64": ""},
+    {"$": "rank"},
+    {"$": "tuple", "items": 3},
+    [2**62] * 3,
+    "float64",
+]
+
+
+def places_in(node, path=()):
+    yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, item in items:
+        yield from places_in(item, (*path, key))
+
+
+def forged(body, chance):
+    """The JSON with one or two of its parts replaced, removed or doubled."""
+    for _ in range(chance.choice([1, 1, 2])):
+        path = chance.choice([path for path in places_in(body) if path])
+        inner = body
+        for key in path[:-1]:
+            inner = inner[key]
+        match chance.randrange(4):
+            case 0 if isinstance(inner, dict):
+                del inner[path[-1]]
+            case 1 if isinstance(inner, list):
+                inner.append(inner[path[-1]])
+            case 2 if type(inner[path[-1]]) is int:
+                inner[path[-1]] += chance.choice([-1, 1, 8, -(2**40), 2**40])
+            case _:
+                inner[path[-1]] = chance.choice(HOSTILE)
+    return body
+
+
+def resealed(store, chance):
+    """One file of the checkpoint forged, and all digests above it made right again."""
+    manifest = unseal(store.get("step-00000001/manifest.json"), "", "manifest")
+    if chance.random() < 0.3:
+        store.put("step-00000001/manifest.json", seal("manifest", forged(manifest, chance)))
+        return
+    listed = chance.choice(manifest["indexes"])
+    name = f"step-00000001/{listed['name']}"
+    data = seal("index", forged(unseal(store.get(name), "", "index"), chance))
+    store.put(name, data)
+    listed["bytes"], listed["digest"] = len(data), digest_of(data)
+    store.put("step-00000001/manifest.json", seal("manifest", manifest))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_forged_is_refused_in_words_and_takes_no_memory(seed):
+    chance = random.Random(seed)
+    whole = MemoryStore()
+
+    def save(group):
+        with Checkpointer(whole, group=group) as checkpointer:
+            checkpointer.save(1, metadata={"a": (1, b"x")}, metrics={"loss": 0.5}, **parts(group.rank, 2, 1))
+
+    run_ranks(2, save)
+    refused = 0
+    for _ in range(60):
+        store = MemoryStore()
+        for name in whole.names():
+            store.put(name, whole.get(name))
+        resealed(store, chance)
+        tracemalloc.start()
+        uses = [
+            lambda store=store: Checkpointer(store).restore(partial=True, **parts(0, 1, 0)),
+            lambda store=store: Checkpointer(store).restore(partial=True, optimizer=Held()),
+            lambda store=store: [examine(store, 1), catalog(store)],
+            lambda store=store: list(safetensors_of(store, read_step(store, 1)[1])),
+            lambda store=store: whole_states(store, read_step(store, 1)[1]),
+        ]
+        for use in uses:
+            try:
+                use()
+            except (CheckpointError, StoreError, Damaged):
+                refused += 1
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 20_000_000
+    assert refused > 60

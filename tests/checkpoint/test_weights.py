@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import Held
 from safetensors.numpy import save_file
 
 from trainfleet.checkpoint import Checkpointer, Retention
@@ -14,17 +15,6 @@ from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore
 
 WHOLE = np.arange(12, dtype="f4").reshape(4, 3)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def fresh(group, dtype="f4"):

@@ -4,20 +4,18 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainfleet.cli import rank
 from trainfleet.cli.main import main
 from trainfleet.config import load_config
 from trainfleet.deps import installed
 from trainfleet.errors import ConfigError
 from trainfleet.store import FileStore
-from trainfleet.training import fork_server, job, launch
+from trainfleet.training import job, launch
 from trainfleet.training.recipe import Recipe
 
 RECIPE = """
@@ -76,15 +74,14 @@ def calls(monkeypatch):
         made.append(("run", recipe))
         return SimpleNamespace(reason="interrupted" if recipe.train.seed == 9 else reason)
 
-    def run_elastic(command: partial[int], **options: Any) -> int:
-        loaded = load_config(Recipe, file=Path(command.args[0][0]), env={}, dotenv=Path(os.devnull)).value
+    def run_elastic(command: list[str], **options: Any) -> int:
+        loaded = load_config(Recipe, file=Path(command[3]), env={}, dotenv=Path(os.devnull)).value
         made.append(("start", {"recipe": loaded, "command": command, **options}))
         return 143 if loaded.train.seed == 9 else 0
 
     monkeypatch.setattr(job, "check", check)
     monkeypatch.setattr(job, "run", run)
     monkeypatch.setattr(launch, "run_elastic", run_elastic)
-    monkeypatch.setattr(fork_server, "warm_up", lambda threads: None)
     return made
 
 
@@ -117,8 +114,8 @@ def test_ranks_get_the_recipe_as_it_was_resolved(calls, monkeypatch):
     given = load_config(Recipe, file=Path("recipes/tiny.yaml"), overrides=["optimizer.lr=1e-3"]).value
     assert started["recipe"].optimizer.args == {"betas": [0.9, 0.95]}
     assert started["recipe"].train == given.train and given.train.clip_norm == 0.5
-    assert started["command"].func is rank.main
-    assert not Path(started["command"].args[0][0]).exists(), "the resolved recipe goes with the run"
+    assert started["command"][1:3] == ["-m", "trainfleet.cli.rank"]
+    assert not Path(started["command"][3]).exists(), "the resolved recipe goes with the run"
 
 
 def test_restarts_need_someone_who_watches(calls):

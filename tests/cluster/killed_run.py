@@ -54,10 +54,9 @@ class Numbers:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The ranks that `trainfleet train` has started, in order; they bear their number as name."""
-    servers = psutil.Process(launcher).children()
-    below = [process for server in servers for process in server.children()]
-    return sorted((process for process in below if process.name().startswith("rank ")), key=psutil.Process.name)
+    """The ranks that `trainfleet train` has started, in order."""
+    ranks = [each for each in psutil.Process(launcher).children() if "trainfleet.cli.rank" in each.cmdline()]
+    return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
 
 
 def write_job(folder: Path, recipe: str = RECIPE) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from trainfleet.checkpoint.arrays import Bytes, as_words, dtype_of, fill, is_array, make, num_bytes, shape_of
 from trainfleet.checkpoint.floats import FLOATS, recast
-from trainfleet.checkpoint.regions import Region
+from trainfleet.checkpoint.regions import Region, first_overlap, tiles
 from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.checkpoint.shard import DataFile, Index, StoredPiece
 from trainfleet.checkpoint.tree import StoredArray, decode, join, merged, stored_arrays
@@ -41,8 +41,8 @@ class Target:
     dtype: str
     region: Region
     data: Bytes
-    filled: int = 0
-    """Elements read so far."""
+    filled: list[Region] = field(default_factory=list)
+    """What was read so far."""
 
     def take(self, piece: StoredPiece, data: Bytes) -> None:
         common = self.region.overlap(piece.region)
@@ -50,7 +50,11 @@ class Target:
             words = as_words(self.data, self.dtype, self.region.shape)
             source = as_words(data, piece.dtype, piece.region.shape)
             words[common.slices_in(self.region)] = source[common.slices_in(piece.region)]
-            self.filled += common.volume
+            self.filled.append(common)
+
+    @property
+    def is_whole(self) -> bool:
+        return tiles(self.filled, self.region.shape) and first_overlap(self.filled) is None
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class Loading:
         self._indexes = indexes
         self._rank = rank
         self._cast = False
+        self._num_stored_bytes = sum(piece.end - piece.begin for index in indexes for piece in index.pieces)
         self._targets: dict[tuple[str, bool], list[Target]] = {}  # by path, and whether it is the rank's own
         self._finish: dict[str, Finish] = {}
         self.misfits = Misfits()
@@ -200,6 +205,8 @@ class Loading:
                     "let it make its arrays before restoring"
                 )
                 return lambda: None
+            if num_bytes(stored.dtype, stored.shape) > self._num_stored_bytes:  # its shape is the file's word alone
+                raise Damaged(f"{path}: not all of it is stored")
             target = self._want(path, stored.dtype, Region((0,) * len(stored.shape), stored.shape), per_rank)
             return lambda: make(stored.library, stored.dtype, stored.shape, target.data)
         if isinstance(stored, PerRank):
@@ -224,7 +231,11 @@ class Loading:
         return lambda: stored
 
     def _want(self, path: str, dtype: str, region: Region, per_rank: bool) -> Target:
-        target = Target(dtype, region, np.empty(num_bytes(dtype, region.shape), np.uint8))
+        size = num_bytes(dtype, region.shape)
+        try:
+            target = Target(dtype, region, np.empty(size, np.uint8))
+        except (MemoryError, ValueError) as error:
+            raise CheckpointError(f"There is no memory for the {size} bytes of {path}.") from error
         self._targets.setdefault((path, per_rank), []).append(target)
         return target
 
@@ -245,7 +256,7 @@ class Loading:
                 problems += self._read_file(store, index, pieces, tell)
         if not problems:
             for (path, _), targets in self._targets.items():
-                problems += [f"{path}: not all of it is stored" for t in targets if t.filled != t.region.volume]
+                problems += [f"{path}: not all of it is stored" for t in targets if not t.is_whole]
         if problems:
             raise Damaged("\n".join(problems))
 
@@ -253,6 +264,8 @@ class Loading:
         if piece.per_rank and index.rank != self._rank:
             return []
         targets = self._targets.get((piece.path, piece.per_rank), [])
+        if any((piece.dtype, len(piece.region.shape)) != (t.dtype, len(t.region.shape)) for t in targets):
+            raise Damaged(f"{piece.path}: a piece of it is {piece.dtype} {piece.region.shape}")
         return [target for target in targets if target.region.overlap(piece.region) is not None]
 
     def _read_file(self, store: Store, index: Index, pieces: list[StoredPiece], tell: Tell) -> list[str]:
@@ -275,7 +288,7 @@ class Loading:
         wanted = self._wanted(index, piece)
         if len(wanted) == 1 and wanted[0].region == piece.region:
             file.read(piece, wanted[0].data)  # the usual case, cut as it was: no second copy
-            wanted[0].filled += piece.region.volume
+            wanted[0].filled.append(piece.region)
             return
         if not wanted:
             file.check(piece)

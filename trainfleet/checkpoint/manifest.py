@@ -75,6 +75,13 @@ def read_manifest(store: Store, step: int) -> Manifest:
         body = unseal(store.get(name), name, "manifest")
     except NotStored as error:
         raise Damaged(f"{name}: missing, so the save was not finished") from error
+    try:
+        return _manifest(body, name, step)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{name}: is no manifest as this version writes it ({type(error).__name__}: {error})") from error
+
+
+def _manifest(body: dict[str, Any], name: str, step: int) -> Manifest:
     if body["format"] > FORMAT:
         raise CheckpointError(
             f"{name} has format {body['format']}, and this trainfleet reads formats up to {FORMAT}. "
@@ -82,7 +89,7 @@ def read_manifest(store: Store, step: int) -> Manifest:
         )
     if body["step"] != step:
         raise Damaged(f"{name}: is the manifest of step {body['step']}")
-    attempt = Attempt(step=step, run=body["run"], number=body["save"], world_size=body["world_size"])
+    attempt = Attempt(step=step, run=str(body["run"]), number=int(body["save"]), world_size=int(body["world_size"]))
     folder = folder_of(step)
     indexes, files = (
         tuple(
@@ -91,15 +98,17 @@ def read_manifest(store: Store, step: int) -> Manifest:
         )
         for kind in ("indexes", "files")
     )
+    if len(indexes) != attempt.world_size:
+        raise ValueError(f"{len(indexes)} indexes of {attempt.world_size} ranks")
     return Manifest(
         step=step,
-        order=body["order"],
+        order=int(body["order"]),
         attempt=attempt,
         indexes=indexes,
         files=files,
         metadata=body["metadata"],
-        metrics=decode(body.get("metrics", {}), "metrics"),
-        saved_at=body.get("saved_at", 0.0),
+        metrics={key: float(value) for key, value in decode(body.get("metrics", {}), "metrics").items()},
+        saved_at=float(body.get("saved_at", 0.0)),
     )
 
 

@@ -50,9 +50,12 @@ def unseal(data: bytes, name: str, kind: str) -> dict[str, Any]:
     first, newline, rest = data.partition(b"\n")
     if first + newline != _first_line(rest):
         raise Damaged(f"{name}: its bytes do not match the digest they were sealed with")
-    body: dict[str, Any] = json.loads(data)
-    if body["kind"] != kind:
-        raise Damaged(f"{name}: holds the bytes of another file, of kind {body['kind']!r}")
+    try:
+        body: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{name}: is sealed, but is no JSON: {error}") from error
+    if body.get("kind") != kind:
+        raise Damaged(f"{name}: holds the bytes of another file, of kind {body.get('kind')!r}")
     return {key: value for key, value in body.items() if key not in ("digest", "kind")}
 
 

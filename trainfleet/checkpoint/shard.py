@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainfleet.checkpoint.arrays import DTYPES, Bytes
+from trainfleet.checkpoint.arrays import DTYPES, Bytes, num_bytes
 from trainfleet.checkpoint.names import DATA, INDEX, Attempt
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.sealed import Damaged, RunningDigest, digest_of, seal, unseal
@@ -99,28 +99,48 @@ def write_shard(store: Store, attempt: Attempt, rank: int, staged: StagedShard) 
 def read_index(data: bytes, name: str, folder: str) -> Index:
     """The index in `data`; Damaged if it is not as it was written."""
     body = unseal(data, name, "index")
-    pieces = tuple(
-        StoredPiece(
-            path=piece["path"],
-            dtype=piece["dtype"],
-            region=Region(tuple(piece["offsets"]), tuple(piece["shape"])),
-            begin=piece["begin"],
-            end=piece["end"],
-            digest=piece["digest"],
-            per_rank=piece["per_rank"],
+    try:
+        file = body["data"]
+        pieces = tuple(_piece(piece, file) for piece in body["pieces"])
+        if not 0 <= file["header_bytes"] <= file["bytes"]:
+            raise ValueError("its header is longer than its data file")
+        return Index(
+            rank=int(body["rank"]),
+            data_name=f"{folder}/{file['name']}",
+            data_bytes=int(file["bytes"]),
+            header_bytes=int(file["header_bytes"]),
+            header_digest=str(file["header_digest"]),
+            state=dict(body["state"]),
+            pieces=pieces,
+            left_to_rank_0=tuple(body["left_to_rank_0"]),
         )
-        for piece in body["pieces"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{name}: is no index as this version writes it ({type(error).__name__}: {error})") from error
+
+
+def _piece(piece: Json, data: Json) -> StoredPiece:
+    """ValueError where its numbers contradict each other."""
+    found = StoredPiece(
+        path=piece["path"],
+        dtype=piece["dtype"],
+        region=Region(tuple(piece["offsets"]), tuple(piece["shape"])),
+        begin=piece["begin"],
+        end=piece["end"],
+        digest=piece["digest"],
+        per_rank=piece["per_rank"],
     )
-    return Index(
-        rank=body["rank"],
-        data_name=f"{folder}/{body['data']['name']}",
-        data_bytes=body["data"]["bytes"],
-        header_bytes=body["data"]["header_bytes"],
-        header_digest=body["data"]["header_digest"],
-        state=body["state"],
-        pieces=pieces,
-        left_to_rank_0=tuple(body["left_to_rank_0"]),
-    )
+    if (
+        not all(type(text) is str for text in (found.path, found.dtype, found.digest))
+        or type(found.per_rank) is not bool
+    ):
+        raise ValueError("a piece has no path, dtype or digest")
+    numbers = [*found.region.offsets, *found.region.shape, found.begin, found.end, data["header_bytes"], data["bytes"]]
+    lies = all(type(number) is int and number >= 0 for number in numbers)
+    lies = lies and len(found.region.offsets) == len(found.region.shape)
+    lies = lies and data["header_bytes"] <= found.begin <= found.end <= data["bytes"]
+    if not lies or found.end - found.begin != num_bytes(found.dtype, found.region.shape):
+        raise ValueError(f"the piece of {found.path} does not lie in the data file as its shape says")
+    return found
 
 
 class DataFile:

@@ -26,7 +26,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from trainfleet.checkpoint.arrays import dtype_of, is_array, library_of, shape_of
+from trainfleet.checkpoint.arrays import DTYPES, dtype_of, is_array, library_of, shape_of
+from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.errors import CheckpointError
 from trainfleet.state import PerRank, Setting, ShardedArray
 
@@ -109,33 +110,53 @@ def _encode_array(value: Any, path: str, take: Callable[[TakenArray], None], per
 
 
 def decode(node: Json, path: str) -> Any:
-    """What was encoded, with StoredArray for arrays and PerRank around what was."""
+    """What was encoded, with StoredArray for arrays and PerRank around what was; Damaged where nothing was."""
+    try:
+        return _decode(node, path)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise Damaged(f"{path}: is no state as this version writes it ({type(error).__name__}: {error})") from error
+
+
+def _decode(node: Json, path: str) -> Any:
     if isinstance(node, list):
-        return [decode(item, join(path, i)) for i, item in enumerate(node)]
+        return [_decode(item, join(path, i)) for i, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
     match node.get("$"):
         case None:
-            return {key: decode(item, join(path, key)) for key, item in node.items()}
+            return {key: _decode(item, join(path, key)) for key, item in node.items()}
         case "float":
             return float(node["value"])
         case "tuple":
-            return tuple(decode(item, join(path, i)) for i, item in enumerate(node["items"]))
+            return tuple(_decode(item, join(path, i)) for i, item in enumerate(node["items"]))
         case "dict":
-            return {key: decode(item, join(path, key)) for key, item in node["items"]}
+            return {key: _decode(item, join(path, key)) for key, item in node["items"]}
         case "bytes":
             return base64.b64decode(node["base64"])
         case "scalar":
             data = base64.b64decode(node["base64"])
-            return np.frombuffer(data, np.dtype(node["dtype"]).newbyteorder("<"))[0]
+            return np.frombuffer(data, np.dtype(_known(node["dtype"])).newbyteorder("<"))[0]
         case "rank":
-            return PerRank(decode(node["value"], path))
+            return PerRank(_decode(node["value"], path))
         case "setting":
-            return Setting(decode(node["value"], path))
+            return Setting(_decode(node["value"], path))
         case "array":
-            return StoredArray(path, node["dtype"], tuple(node["shape"]), node["library"], node["sharded"])
+            shape = _shape(node["shape"])
+            return StoredArray(path, _known(node["dtype"]), shape, node["library"], node["sharded"])
         case other:
             raise CheckpointError(f"{path} is of a kind this version does not know, {other!r}; use a newer trainfleet.")
+
+
+def _known(dtype: Json) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype!r} is no dtype")
+    return str(dtype)
+
+
+def _shape(lengths: Json) -> tuple[int, ...]:
+    if not all(type(length) is int and length >= 0 for length in lengths):
+        raise ValueError(f"{lengths!r} is no shape")
+    return tuple(lengths)
 
 
 def stored_arrays(value: Any) -> Iterator[tuple[StoredArray, bool]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainfleet.checkpoint.arrays import Bytes, as_words, make, num_bytes
-from trainfleet.checkpoint.regions import Region
+from trainfleet.checkpoint.regions import Region, first_overlap, tiles
 from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.checkpoint.shard import DataFile, Index, StoredPiece
 from trainfleet.checkpoint.tree import StoredArray, decode, merged, stored_arrays
@@ -73,17 +73,29 @@ class Whole:
 
     def read(self, array: StoredArray, *, rank: int | None = None) -> Bytes:
         """The bytes of the whole array; with `rank`, of the one that is that rank's own. Damaged if one is wrong."""
-        data = np.empty(num_bytes(array.dtype, array.shape), np.uint8)
         region = Region((0,) * len(array.shape), array.shape)
-        held = self._pieces.get(array.path, []) if rank is None else [self._own[array.path, rank]]
-        filled = 0
+        if rank is None:
+            held = self._pieces.get(array.path, [])
+        else:
+            held = [self._own[array.path, rank]] if (array.path, rank) in self._own else []
+        self._check(array, region, [each.piece for each in held])
+        data = np.empty(num_bytes(array.dtype, array.shape), np.uint8)
         for each in held:
             self._read_into(each, array, region, data)
-            filled += each.piece.region.volume
             self._tell(each.piece.end - each.piece.begin)
-        if filled != region.volume:
-            raise Damaged(f"{array.path}: not all of it is stored")
         return data
+
+    @staticmethod
+    def _check(array: StoredArray, whole: Region, pieces: list[StoredPiece]) -> None:
+        """Damaged unless the pieces are those of the array, before memory is taken for it."""
+        for piece in pieces:
+            if piece.dtype != array.dtype or len(piece.region.shape) != len(whole.shape):
+                raise Damaged(f"{array.path}: a piece of it is {piece.dtype} {piece.region.shape}")
+            if not all(at + n <= most for at, n, most in zip(piece.region.offsets, piece.region.shape, whole.shape)):
+                raise Damaged(f"{array.path}: a piece of it, at {piece.region.offsets}, does not lie within it")
+        regions = [piece.region for piece in pieces]
+        if not tiles(regions, whole.shape) or first_overlap(regions) is not None:
+            raise Damaged(f"{array.path}: not all of it is stored")
 
     def read_own(self, array: StoredArray) -> Bytes:
         """The same; of an array that each rank has of its own, that of rank 0."""

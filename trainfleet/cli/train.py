@@ -6,7 +6,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,13 +108,8 @@ def make_importable(folder: Path) -> None:
 def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     """Check what can be checked here, then start this host's ranks with the recipe as it is now, and wait."""
     from trainfleet import log
-    from trainfleet.cli.rank import main as rank
-    from trainfleet.comm.environment import threads_per_rank
     from trainfleet.config import to_yaml
     from trainfleet.training.failure import leave_report
-    from trainfleet.training.fork_server import warm_up
-
-    warm_up(threads=threads_per_rank(ranks.nproc))  # it imports while the recipe is checked
     from trainfleet.training.job import check
     from trainfleet.training.launch import run_elastic
 
@@ -126,10 +120,10 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
         # Ranks that start anew must not read a file, or an environment, that somebody has changed meanwhile.
         resolved = Path(place) / "recipe.yaml"
         resolved.write_text(to_yaml(recipe), encoding="utf-8")
-        command = partial(rank, [str(resolved), str(folder.resolve()), *(["--debug"] if debug else [])])
+        command = [sys.executable, "-m", "trainfleet.cli.rank", str(resolved), str(folder.resolve())]
         try:
             return run_elastic(
-                command,
+                [*command, *(["--debug"] if debug else [])],
                 nproc=ranks.nproc,
                 nnodes=ranks.nnodes,
                 node_rank=ranks.node_rank,

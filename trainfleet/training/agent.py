@@ -32,7 +32,6 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from trainfleet.comm.environment import RUN_ID
 from trainfleet.errors import PeerError
 from trainfleet.training.failure import Failure, cause_of, death_of, failure_from_json, read_failures
-from trainfleet.training.fork_server import CAN_FORK
 from trainfleet.training.progress import read_progress
 from trainfleet.training.restarts import FailedAgain, Restarts
 
@@ -90,15 +89,6 @@ def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> int
     wrapped = ["-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(threads or ""), *command]
     wrapped = [argument.replace("$", "$$") for argument in wrapped]  # the agent fills in templates
     ended = _run(job, sys.executable, wrapped)
-    return 128 + ended if isinstance(ended, signal.Signals) else 0
-
-
-def run_copies(job: Job, function: Callable[..., Any], args: Sequence[Any]) -> int:
-    """Run `function(*args)` as each rank of this host, which is a copy of the fork server where there is one.
-
-    Ends as `run_command` does.
-    """
-    ended = _run(job, function, args, "forkserver" if CAN_FORK else "spawn")
     return 128 + ended if isinstance(ended, signal.Signals) else 0
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +19,6 @@ from trainfleet.comm.environment import DEFAULT_PORT, RankEnvironment, is_loopba
 from trainfleet.comm.rendezvous import address_towards, leave, meet, versions
 from trainfleet.errors import LaunchError
 from trainfleet.training.failure import UNGUARDED, reported_failures
-from trainfleet.training.fork_server import CAN_FORK, become_rank, warm_up
 
 if TYPE_CHECKING:
     from trainfleet.training.agent import Job
@@ -70,7 +68,7 @@ def launch(
 
 
 def run_elastic(
-    command: Sequence[str] | partial[Any],
+    command: Sequence[str],
     *,
     nproc: int,
     nnodes: int = 1,
@@ -82,8 +80,6 @@ def run_elastic(
 ) -> int:
     """Run `command` as `nproc` ranks of this host; 0 when all have ended well, 128 + signal when told to end.
 
-    A command is a program with its arguments, or a function of a module with its own: then ranks are copies of a
-    process that has imported the package already (fork_server.py), which spares seconds of each start.
     With `nnodes` hosts, each calls this with the same `rendezvous` (`host:port` of the one that listens, number 0).
     Before any rank starts, the hosts meet there within `timeout` and compare versions: LaunchError or PeerError
     says what is in the way. After a failure all ranks start anew up to `max_restarts` times; then RankFailed
@@ -92,17 +88,13 @@ def run_elastic(
     """
     _check_nproc(nproc)
     meeting = None if nnodes == 1 else _meeting(nnodes, node_rank, rendezvous)
-    from trainfleet.training.agent import Job, run_command, run_copies
+    from trainfleet.training.agent import Job, run_command
 
     job = Job(nproc=nproc, max_restarts=max_restarts, timeout=timeout, grace=grace)
     try:
         if meeting is not None:
             job = _meet_hosts(job, meeting)
-        threads = threads_per_rank(nproc)
-        if not isinstance(command, partial):
-            return run_command(job, command, threads=threads)
-        warm_up(threads=threads)
-        return run_copies(job, _copied_rank, (command, threads))
+        return run_command(job, command, threads=threads_per_rank(nproc))
     finally:
         if meeting is not None:
             leave(meeting.master_addr, meeting.master_port)
@@ -207,17 +199,6 @@ def _rank(call: Any, parent: int, threads: int | None) -> bytes:
         fn, args, kwargs = _found(call) if isinstance(call, bytes) else call
         return pickle.dumps(fn(*args, **kwargs))
     raise AssertionError("reported_failures() lets nothing pass in silence")
-
-
-def _copied_rank(call: partial[Any], threads: int | None) -> None:
-    """The life of a rank that is a copy of the fork server, or a fresh interpreter where there is none."""
-    if CAN_FORK:
-        become_rank(RankEnvironment.from_env().rank)
-    os.setsid()
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    if code := call():
-        raise SystemExit(code)
 
 
 def _found(call: bytes) -> Any:

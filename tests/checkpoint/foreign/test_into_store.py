@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from held import Held
 
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.checkpoint.foreign.into_store import import_arrays
@@ -17,17 +18,6 @@ from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore, MemoryStore
 
 WHOLE = np.arange(12, dtype="<f4").reshape(4, 3)
-
-
-class Held:
-    def __init__(self, **value):
-        self.value = value
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, state):
-        self.value = dict(state)
 
 
 def raw(array):

@@ -49,17 +49,12 @@ def strike(kill, mark):
     except FileExistsError:
         return
     rank = os.getppid() if is_writer() else os.getpid()
-    server = parent(rank)  # which ranks are copied from
-    ranks = children(server)
-    victims = {"rank": [rank], "writer": [os.getpid()], "all": ranks, "job": [parent(server), server, *ranks]}
+    agent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    victims = {"rank": [rank], "writer": [os.getpid()], "all": children(agent), "job": [agent, *children(agent)]}
     for pid in victims[kill["victims"]]:
         if pid != os.getpid():
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def children(parent):
@@ -120,5 +115,5 @@ class Hook:
         return spec
 
 
-if "KILLS" in os.environ:
+if "KILLS" in os.environ and "RANK" in os.environ:
     sys.meta_path.insert(0, Hook())
