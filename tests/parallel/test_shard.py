@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import hold_against_one_process
@@ -14,8 +15,11 @@ from rank_pool import RankPools
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainfleet.comm.group import Group
+from trainfleet.comm.threads import run_ranks
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
+from trainfleet.mpi import AdamW, Sequential, Sharded, Zero, mlp
 from trainfleet.parallel import parallelize
 from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.shard import shared_parameters, units_of, unshardable_parameters
@@ -230,6 +234,50 @@ def test_three_ranks_compute_what_one_process_computes(ranks: RankPools, make: C
 
 def blocks_of(make: Callable[[], nn.Module]) -> tuple[str, ...]:
     return ("Inner", "layers.*.block") if make is Nested else ()
+
+
+ROWS = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
+
+
+def in_torch(zero: int, start: dict[str, Any]) -> dict[str, Any]:
+    """Three steps of AdamW by FSDP2, on this rank's half of the rows."""
+    plan = Plan(zero=zero)  # type: ignore[arg-type]
+    with Mesh.from_env(plan) as mesh:
+        model = nn.Sequential(nn.Linear(WIDTH, 7), nn.GELU(approximate="tanh"), nn.Linear(7, 3))
+        model.load_state_dict({name: torch.tensor(value) for name, value in start.items()})
+        parallelize(model, mesh, plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        for _ in range(3):
+            (model(torch.tensor(ROWS[mesh.rank :: 2])) - 1).square().sum().div(len(ROWS) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()
+            for name, p in model.named_parameters()
+        }
+
+
+def in_numpy(group: Group, zero: Any, start: dict[str, Any]) -> dict[str, Any]:
+    """The same by the few lines of `trainfleet.mpi`, which share no code with FSDP2."""
+    model = mlp([WIDTH, 7, 3])
+    model.parameters.update({name: value.copy() for name, value in start.items()})
+    optimizer = Zero(AdamW(learning_rate=0.05), zero, group)
+    optimizer.register(model.parameters)
+    sharded = Sequential({name: Sharded(layer, optimizer, name) for name, layer in model.layers.items()})
+    for _ in range(3):
+        y, saved = sharded.forward(ROWS[group.rank :: 2])
+        sharded.backward(saved, 2 * (y - 1) / (len(ROWS) / 2))
+        optimizer.step()
+    return optimizer.gather(model.parameters)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_every_stage_takes_the_steps_of_the_readable_reference(ranks: RankPools, zero: int) -> None:
+    start = {name: np.array(value) for name, value in mlp([WIDTH, 7, 3]).parameters.items()}
+    expected = run_ranks(2, lambda group: in_numpy(group, zero, start))[0]
+    for found in ranks(2, in_torch, zero, start):
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def pieces() -> dict[str, Any]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Steps: TypeAlias = Iterator[Any]
 
 _LINE = 64  # bytes of a signature; a longer one ends with its checksum
+_PART_BYTES = 1 << 20  # of a sum (benchmarks/mpi_average.py)
 _TURNS = 100  # tests with a mere yield before the naps begin
 _NAP_SECONDS = 2e-5
 _LINE_TAG, _ARRAY_TAG = 1, 2
@@ -97,12 +98,22 @@ class MpiGroup:
             if is_small_float(flat.dtype):
                 flat = yield from self._reduced_in_two_steps(flat, op)
             else:
-                yield self._comm.Iallreduce(mpi().IN_PLACE, flat, _op(op))
-                if op == "mean":
-                    np.divide(flat, self.size, out=flat)
+                yield from self._reduced_in_parts(flat, op)
             _put_back(flat, held)
 
         return self._collective(f"all_reduce_ {op} {signature(held)}", steps())
+
+    def _reduced_in_parts(self, flat: Any, op: str) -> Steps:
+        """Two parts under way at a time: one is divided, still in the caches, while the next travels."""
+        length = max(1, _PART_BYTES // flat.itemsize)
+        parts = [flat[at : at + length] for at in range(0, flat.size, length)]
+        requests = [self._comm.Iallreduce(mpi().IN_PLACE, part, _op(op)) for part in parts[:2]]
+        for index, part in enumerate(parts):
+            yield requests[index]
+            if index + 2 < len(parts):
+                requests.append(self._comm.Iallreduce(mpi().IN_PLACE, parts[index + 2], _op(op)))
+            if op == "mean":
+                np.divide(part, self.size, out=part)
 
     def _reduced_in_two_steps(self, flat: Any, op: str) -> Generator[Any, None, Any]:
         part = -(-flat.size // self.size)

@@ -1,0 +1,38 @@
+"""A model spread by a plan keeps its names, and what cannot be split is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trainfleet.comm.threads import run_ranks
+from trainfleet.errors import PlanError
+from trainfleet.mpi.layers import Linear, Sequential, mlp
+from trainfleet.mpi.mesh import Mesh
+from trainfleet.mpi.optimizers import SGD
+from trainfleet.mpi.parallelize import parallelize, split_layers
+from trainfleet.mpi.recompute import Recompute
+from trainfleet.plan import Plan
+
+
+def shapes(group, plan):
+    spread = parallelize(mlp([8, 12, 6, 4]), SGD(learning_rate=1), Mesh(group, plan))
+    return {name: value.shape for name, value in spread.model.parameters.items()}, type(spread.model)
+
+
+def test_layers_are_split_placed_and_cut_into_bands_under_their_names(run):
+    assert run(2, shapes, Plan(tp=2))[0][0] == {
+        "0.weight": (6, 8), "0.bias": (6,), "2.weight": (6, 6), "2.bias": (6,), "4.weight": (4, 6), "4.bias": (4,)
+    }  # fmt: skip
+    assert [list(result[0]) for result in run(2, shapes, Plan(pp=2))] == [
+        ["0.weight", "0.bias"],
+        ["2.weight", "2.bias", "4.weight", "4.bias"],
+    ]
+    assert run(2, shapes, Plan(zero=3))[1][0]["4.weight"] == (2, 6)
+    assert run(2, shapes, Plan(recompute="blocks"))[0][1] is Recompute
+
+
+def test_a_model_without_a_pair_is_refused():
+    model = Sequential([Linear.random(4, 4, np.random.default_rng(0))])
+    with pytest.raises(PlanError, match="tp is 2, but no layer of this model can be split"):
+        run_ranks(2, lambda group: split_layers(model, group))

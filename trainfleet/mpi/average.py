@@ -1,0 +1,159 @@
+"""Average gradients over ranks, or collect them: in buckets, fused, without waiting, with a codec if asked.
+
+Small gradients are laid into buckets so that they share the cost of a message; large ones are averaged where they
+lie. A bucket leaves as soon as it is full, while the next one is filled (Li et al., VLDB 2020, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from trainfleet.codec import BFloat16, Codec
+from trainfleet.comm.group import Group, Links, Work
+from trainfleet.mpi.arrays import Array, like, to_numpy
+
+_Member: TypeAlias = tuple[Any, Array, Any]  # name, gradient, and the same as a NumPy array
+T = TypeVar("T", Sequence[Any], Mapping[str, Any])
+
+BUCKET_BYTES = 1 << 20
+"""A bucket this large moves as fast as any (benchmarks/mpi_average.py), and copying into it costs the caches least."""
+
+
+def average_gradients(grads: T, group: Group, codec: Codec | None = None, *, weight: float | None = None) -> T:
+    """The mean over all ranks of each gradient, in the structure given: a list or a mapping.
+
+    With `weight`, what this rank's gradients are summed over, it is the sum of gradients over the sum of weights.
+    `grads` are used up: a large one becomes the mean itself. With a codec each rank's gradients are encoded before
+    they travel; those of casts are added up in float32 and rounded once. All ranks pass equal shapes and dtypes.
+    """
+    average = GradientAverage(group, codec)
+    named: Mapping[Any, Array] = grads if isinstance(grads, Mapping) else dict(enumerate(grads))
+    for name, gradient in named.items():
+        average.add(name, gradient)
+    means = average.finish(weight)
+    if isinstance(grads, Mapping):
+        return {name: means[name] for name in grads}  # type: ignore[return-value]
+    return [means[index] for index in range(len(grads))]  # type: ignore[return-value]
+
+
+class GradientAverage:
+    """The same for gradients that come one by one, as a backward makes them: `add` each, `finish` gives all means."""
+
+    def __init__(self, group: Group, codec: Codec | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._group = group
+        self._codec = codec
+        self._bucket_bytes = bucket_bytes
+        self._filling: dict[np.dtype[Any], _Bucket] = {}
+        self._flights: list[_Flight] = []
+
+    def add(self, name: Any, gradient: Array) -> None:
+        """Take a gradient; all ranks add the same ones in the same order."""
+        held = gradient if type(gradient) is np.ndarray else to_numpy(gradient)
+        if held.nbytes >= self._bucket_bytes:
+            flat = np.ascontiguousarray(held) if held.flags.writeable else held.copy()
+            self._send([(name, gradient, held)], flat.reshape(-1))
+            return
+        bucket = self._filling.setdefault(held.dtype, _Bucket())
+        bucket.members.append((name, gradient, held))
+        bucket.num_bytes += held.nbytes
+        if bucket.num_bytes >= self._bucket_bytes:
+            self._send_bucket(held.dtype)
+
+    def _send_bucket(self, dtype: np.dtype[Any]) -> None:
+        members = self._filling.pop(dtype).members
+        self._send(members, np.concatenate([held for _, _, held in members], axis=None))
+
+    def _send(self, members: list[_Member], flat: Any) -> None:
+        self._flights.append(_Flight(members, flat, self._group, self._codec))
+
+    def finish(self, weight: float | None = None) -> dict[Any, Array]:
+        """Send what is still here, wait for all, and give the means by name; then it is as new."""
+        for dtype in list(self._filling):
+            self._send_bucket(dtype)
+        factor = 1.0
+        if weight is not None:
+            total = np.array([float(weight)])
+            self._group.all_reduce_(total).wait()
+            factor = self._group.size / total[0]
+        means: dict[Any, Array] = {}
+        for flight in self._flights:
+            flat, at = flight.land(factor), 0
+            for name, gradient, held in flight.members:
+                part = flat[at : at + held.size].reshape(held.shape)
+                means[name] = part if held is gradient else like(gradient, part)
+                at += held.size
+        self._flights = []
+        return means
+
+
+@dataclass(slots=True)
+class _Bucket:
+    members: list[_Member] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class _Flight:
+    """A bucket under way, encoded or as it is."""
+
+    def __init__(self, members: list[_Member], flat: Any, group: Group, codec: Codec | None) -> None:
+        self.members = members
+        self._flat = flat
+        self._group = group
+        self._codec = codec
+        self._work: Work | None = None
+        self._parts: tuple[Any, ...] = ()
+        if codec is None or flat.dtype.kind != "f":
+            self._codec = None
+            self._work = group.all_reduce_(flat, "mean")
+            return
+        self._parts = codec.encode(flat)
+        if _is_cast(self._parts, flat):
+            self._work = group.all_reduce_(_numbers(self._parts[0], codec), "mean")
+
+    def land(self, factor: float) -> Any:
+        if self._work is not None:
+            self._work.wait()
+        if self._codec is not None:
+            self._flat[...] = self._codec.decode(self._parts) if self._work is not None else self._gathered()
+        if factor != 1.0:
+            np.multiply(self._flat, factor, out=self._flat)
+        return self._flat
+
+    def _gathered(self) -> Any:
+        """Encoded parts that are no numbers of the same places cannot be added: each rank's are decoded."""
+        assert self._codec is not None
+        total = np.zeros(self._flat.shape, np.float32)
+        for parts in zip(*(self._group.all_gather(part) for part in self._parts), strict=True):
+            total += self._codec.decode(parts)
+        return total / self._group.size
+
+
+def _is_cast(parts: tuple[Any, ...], flat: Any) -> bool:
+    return len(parts) == 1 and parts[0].shape == flat.shape and parts[0].dtype.itemsize == 2
+
+
+def _numbers(words: Any, codec: Codec) -> Any:
+    """bfloat16 is words of 16 bits in NumPy; those who add it up must know."""
+    if not isinstance(codec, BFloat16):
+        return words
+    import ml_dtypes
+
+    return words.view(ml_dtypes.bfloat16)
+
+
+def collect(array: Array, group: Group, to: int = 0) -> list[Array] | None:
+    """The arrays of all ranks by rank, on rank `to`; None on the others. Shapes may differ."""
+    assert isinstance(group, Links)
+    held = to_numpy(array)
+    shapes = group.exchange([str(held.dtype), list(held.shape)])
+    if group.rank != to:
+        group.send(held, to).wait()
+        return None
+    parts = [np.array(held) if rank == to else np.empty(shape, dtype) for rank, (dtype, shape) in enumerate(shapes)]
+    for work in [group.recv_(part, rank) for rank, part in enumerate(parts) if rank != to]:
+        work.wait()
+    return [like(array, part) for part in parts]
