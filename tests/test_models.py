@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +65,6 @@ def test_building_leaves_the_generator_of_torch_alone(case: Case) -> None:
 @cases
 def test_the_model_has_blocks_to_shard_and_recompute(case: Case) -> None:
     assert len(find_blocks(case.build(0))) >= 2
-
-
-def test_a_step_of_all_five_takes_milliseconds() -> None:
-    """720 cells of 20 steps are run on two cores: 10 ms here is 2.5 minutes of them."""
-    models = {name: case.build(0) for name, case in MODELS.items()}
-    for name, case in MODELS.items():
-        train(case, models[name], 3)
-    begin = time.process_time()
-    for name, case in MODELS.items():
-        train(case, models[name], 10)
-    assert (time.process_time() - begin) / 10 < 0.1  # about 0.01 on a quiet machine
 
 
 @cases
