@@ -106,6 +106,7 @@ def test_fifty_six_kills_leave_the_run_that_was_never_killed(never_killed: Path,
     hold_against(never_killed, tmp_path / "job", kills_of(seed=seed, count=8))
 
 
+@pytest.mark.matrix
 def test_a_rank_that_hangs_is_given_up_by_the_others_and_the_run_goes_on(never_killed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     write_job(folder)

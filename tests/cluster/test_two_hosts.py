@@ -173,6 +173,7 @@ def test_a_recipe_trains_on_two_hosts(hosts, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_after_the_ranks_of_one_host_were_killed(hosts, tmp_path):
     """Twice: on the host where the ranks meet, and on the other."""
     verb = [sys.executable, "-m", "trainfleet.cli.main", "train", "recipe.yaml"]
