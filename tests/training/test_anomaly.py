@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainfleet.errors import ConfigError, TrainfleetError
-from trainfleet.events import Event, Restored, StepEnded
+from trainfleet.events import Evaluated, Event, Noted, Restored, StepEnded
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
@@ -107,3 +107,30 @@ def test_a_run_with_bad_batches_is_the_run_without_them(tmp_path: Path) -> None:
     found, back, parameters = losses_of([*good[:5], bad, *good[5:9], bad, bad, *good[9:]], 12, 1)
     assert back == [5, 9, 9] and found == plain
     assert torch.equal(parameters, expected)
+
+
+def test_what_was_done_before_a_rollback_is_not_done_again() -> None:
+    told: list[Event] = []
+
+    class Told:
+        on_event = staticmethod(told.append)
+
+    batches = [torch.ones(2, 3), torch.full((2, 3), math.nan), torch.ones(2, 3)]
+    with Mesh.from_env(Plan(), device="cpu") as mesh:
+        model = parallelize(nn.Linear(3, 3), mesh, Plan())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        config = TrainConfig(rollback_every=1, evaluate_every=1)
+        trainer = Trainer(
+            model,
+            optimizer,
+            lambda out, _: out.square().mean(),
+            batches,
+            mesh=mesh,
+            config=config,
+            evaluation=lambda: [torch.ones(2, 3)],
+            observers=[Told()],
+        )
+        trainer.fit(2)
+    (note,) = [event for event in told if isinstance(event, Noted) and event.title == "rollback"]
+    assert note.text == "The loss is nan in step 2; back to step 1"
+    assert [event.step for event in told if isinstance(event, Evaluated)] == [1, 2]

@@ -131,8 +131,9 @@ class Trainer:
                 self._anomalies.remember(self.step)
             with StopVote(self.mesh.data_axes) as vote:
                 while self.step < steps and reason == "finished":
+                    before = self.step
                     loss = self._take_step(steps, vote)
-                    reason = self._after_step(steps, vote)
+                    reason = self._after_step(steps, vote, went_on=self.step > before)
             self._save_last()
             if reason != "interrupted":
                 summary = self._summary()
@@ -147,14 +148,19 @@ class Trainer:
             self._emit(ended)
         return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._last_evaluation)
 
-    def _after_step(self, steps: int, vote: StopVote) -> str:
-        """Evaluate and save where that is due; `finished` unless the run has to end here."""
+    def _after_step(self, steps: int, vote: StopVote, *, went_on: bool) -> str:
+        """Evaluate and save where that is due; `finished` unless the run has to end here.
+
+        After a rollback (not `went_on`) nothing is due: it was done when the run first came to that step.
+        """
         if self._saving is not None and self._saving.done:
             self._tell_how_the_save_ended()
         if not self._is_prepared:
             self._prepare_saves()
         if vote.says_stop():
             return "interrupted"
+        if not went_on:
+            return "finished"
         evaluate = self._is_due(self.config.evaluate_every) or (self.step == steps and self._evaluation is not None)
         if evaluate and self._evaluate_and_lose_patience():
             return "stopped early"
@@ -217,8 +223,9 @@ class Trainer:
     def _roll_back(self, what: str) -> None:
         """Go back to the last copy; the batches that led here are left out, for the stream goes on where it is."""
         assert self._anomalies is not None
-        step = self._anomalies.go_back(self.step + 1, what)
-        self._emit(Noted(step=step, title="rollback", text=f"{what} in step {self.step + 1}; back to step {step}"))
+        failed = self.step + 1
+        step = self._anomalies.go_back(failed, what)
+        self._emit(Noted(step=step, title="rollback", text=f"{what} in step {failed}; back to step {step}"))
         self._emit(Restored(step=step, path="memory"))
 
     def _next_batch(self) -> Batch:
