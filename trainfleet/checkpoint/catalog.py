@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any, Literal
 from trainfleet.checkpoint.further import verify_further
 from trainfleet.checkpoint.loading import verify_shards
 from trainfleet.checkpoint.manifest import Manifest, read_indexes, read_manifest
-from trainfleet.checkpoint.names import folder_of, manifest_of, steps_and_files
+from trainfleet.checkpoint.names import folder_of, manifest_of, step_of, steps_and_files
 from trainfleet.checkpoint.restore import surplus_files
 from trainfleet.checkpoint.sealed import Damaged
 from trainfleet.checkpoint.shard import Index
 from trainfleet.checkpoint.tree import decode
 from trainfleet.errors import CheckpointError, StoreError
 from trainfleet.store import FileStore, Store, open_store
-
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +50,8 @@ def open_place(place: str) -> tuple[Store, int | None]:
         raise CheckpointError(
             f"{path} {what}. Name a run folder, its folder of checkpoints, or the folder of one step."
         )
-    if (match := _STEP.fullmatch(path.resolve().name)) is not None:
-        return FileStore(path.resolve().parent), int(match[1])
+    if (step := step_of(path.resolve().name)) is not None:
+        return FileStore(path.resolve().parent), step
     for folder in (path / "checkpoints", path):
         if _has_steps(folder):
             return FileStore(folder), None
@@ -63,7 +60,7 @@ def open_place(place: str) -> tuple[Store, int | None]:
 
 def _has_steps(folder: Path) -> bool:
     """Looked for here, as a store would walk through everything below, which could be a whole disk."""
-    return folder.is_dir() and any(_STEP.fullmatch(entry.name) for entry in folder.iterdir())
+    return folder.is_dir() and any(step_of(entry.name) is not None for entry in folder.iterdir())
 
 
 def catalog(store: Store) -> list[Entry]:

@@ -10,11 +10,12 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, get_args
 
+from trainfleet.checkpoint.catalog import examine
 from trainfleet.checkpoint.further import Export, SaveFunction
 from trainfleet.checkpoint.memory import StagingMemory
 from trainfleet.checkpoint.names import MANIFEST, Attempt, folder_of, steps_and_files
 from trainfleet.checkpoint.order import Order, carry_out
-from trainfleet.checkpoint.restore import Restore, read_metadata, verify
+from trainfleet.checkpoint.restore import Restore, read_metadata
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.checkpoint.save import Save
 from trainfleet.checkpoint.staging import reserve, stage
@@ -268,8 +269,14 @@ class Checkpointer:
         return read_metadata(self._store, step)
 
     def verify(self, step: int) -> list[str]:
-        """Read all of a checkpoint, on this rank alone; what is damaged or surplus, by file. [] if it is whole."""
-        return verify(self._store, step)
+        """Read all of a checkpoint, on this rank alone; what is damaged or surplus, by file. [] if it is whole.
+
+        CheckpointError where a newer version wrote it.
+        """
+        verdict = examine(self._store, step)
+        if verdict.state == "unreadable":
+            raise CheckpointError(verdict.problems[0])
+        return [*verdict.problems, *(f"{name}: not part of the checkpoint" for name in verdict.surplus)]
 
     def place(self, step: int) -> str:
         """Where a step is, in words for a person."""

@@ -58,6 +58,13 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: str) -> int | None:
+    """The step whose folder is called so; None for a name of another kind."""
+    match = _FOLDER.fullmatch(folder)
+    step = int(match[1]) if match else None
+    return step if step is not None and folder_of(step) == folder else None
+
+
 def manifest_of(step: int) -> str:
     return f"{folder_of(step)}/{MANIFEST}"
 
@@ -67,7 +74,7 @@ def steps_and_files(names: list[str]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for name in names:
         folder, _, file = name.partition("/")
-        match = _FOLDER.fullmatch(folder)
-        if match and file and folder_of(int(match[1])) == folder:
-            found.setdefault(int(match[1]), []).append(file)
+        step = step_of(folder)
+        if step is not None and file:
+            found.setdefault(step, []).append(file)
     return found

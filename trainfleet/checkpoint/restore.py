@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainfleet.checkpoint.further import verify_further
-from trainfleet.checkpoint.loading import Loading, refuse_misfits, verify_shards
+from trainfleet.checkpoint.loading import Loading, refuse_misfits
 from trainfleet.checkpoint.manifest import Manifest, read_indexes, read_manifest
 from trainfleet.checkpoint.names import DATA, MANIFEST, folder_of, steps_and_files
 from trainfleet.checkpoint.sealed import Damaged
@@ -143,20 +143,6 @@ def surplus_files(store: Store, step: int) -> list[str]:
     for index in manifest.indexes:
         listed |= {index.name, index.name.removesuffix(".json") + DATA}
     return [name for name in store.names(folder_of(step) + "/") if name not in listed]
-
-
-def verify(store: Store, step: int) -> list[str]:
-    """Read all of a checkpoint; what is damaged or surplus, by file. [] if it is whole."""
-    try:
-        manifest = read_manifest(store, step)
-        problems = verify_further(store, manifest.files)
-        try:
-            verify_shards(store, read_indexes(store, manifest))
-        except Damaged as error:
-            problems = [*str(error).split("\n"), *problems]
-    except Damaged as error:
-        return str(error).split("\n")
-    return problems + [f"{name}: not part of the checkpoint" for name in surplus_files(store, step)]
 
 
 def read_metadata(store: Store, step: int) -> dict[str, Any]:
