@@ -34,5 +34,5 @@ def test_averages_are_timed_beside_raw_sums(tmp_path: Path) -> None:
 def test_every_stage_holds_what_the_formula_says_and_loses_as_one_process(tmp_path: Path) -> None:
     (table,) = tables("mpi_zero", tmp_path)
     assert [row[0] for row in table["rows"]] == ["0", "1", "2", "3"]
-    assert "within 2% of the formula" in table["notes"][0]  # it is not, for so few bytes that Python's own count
+    assert "is within 2% of the formula" in table["notes"][0]
     assert all(float(row[-1]) < 1e-10 for row in table["rows"])
