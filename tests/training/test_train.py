@@ -9,25 +9,26 @@ import pytest
 from trainfleet.config import load_config
 from trainfleet.errors import ConfigError
 from trainfleet.training.recipe import Recipe
-from trainfleet.training.train import FLAT_NAMES, recipe_values
+from trainfleet.training.train import FLAT_NAMES, SWITCHES, recipe_values
 
 
 def test_every_flat_name_sets_its_key() -> None:
     values: dict[str, Any] = {
-        "fp16": True,
-        "bf16": True,
         "loss": "mse",
+        "save_function": "package.module:function",
         "save_dir": "runs/x",
         "learning_rate": 0.5,
         "gradient_clipping": 0.5,
         "auto_resume": "never",
     }
     for name, key in FLAT_NAMES.items():
-        recipe = load_config(Recipe, values=recipe_values({name: values.get(name, 1)}), env={}).value
+        value = True if name in SWITCHES else values.get(name, 1)
+        sharded = {"plan.zero": 3} if name.startswith("offload") else {}
+        recipe = load_config(Recipe, values=recipe_values({name: value, **sharded}), env={}).value
         found: Any = recipe
         for part in key.split("."):
             found = found[part] if isinstance(found, dict) else getattr(found, part)
-        assert found == (name if name in ("fp16", "bf16") else values.get(name, 1)), name
+        assert found == SWITCHES.get(name, value), name
 
 
 def test_auto_resume_is_a_choice_of_two() -> None:
@@ -56,8 +57,21 @@ def test_two_names_for_one_key_are_refused() -> None:
         recipe_values({"zero_stage": 1, "plan": {"zero": 2}})
 
 
-def test_fp16_false_asks_for_nothing() -> None:
-    assert recipe_values({"fp16": False, "bf16": True}) == {"plan": {"precision": "bf16"}}
+def test_what_is_switched_off_asks_for_nothing() -> None:
+    off: dict[str, Any] = {"fp16": False, "offload_param": {"device": "none"}, "offload_optimizer": False}
+    off["activation_checkpointing"] = {"enabled": False, "cpu_checkpointing": False}
+    assert recipe_values({**off, "bf16": True}) == {"plan": {"precision": "bf16"}}
+
+
+def test_a_detail_that_has_no_short_form_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fp16.loss_scale=128, which has no such short form"):
+        recipe_values({"fp16": {"enabled": True, "loss_scale": 128}})
+
+
+@pytest.mark.parametrize("on", [True, "cpu", {"device": "cpu", "pin_memory": True}])
+def test_parameters_are_offloaded_with_what_the_optimizer_remembers(on: Any) -> None:
+    assert recipe_values({"offload_optimizer": on}) == {"plan": {"offload": "optimizer"}}
+    assert recipe_values({"offload_optimizer": on, "offload_param": on}) == {"plan": {"offload": "parameters"}}
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -74,9 +88,9 @@ def test_it_trains_a_model_on_a_dataset(tmp_path: Any) -> None:
     data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
     model = torch.nn.Linear(8, 2)
     before = model.weight.detach().clone()
-    config = {"batch_size": 16, "learning_rate": 0.05, "steps": 25, "save_dir": str(tmp_path / "run"), "fp16": True}
+    config = {"batch_size": 16, "learning_rate": 0.05, "epochs": 2, "save_dir": str(tmp_path / "run"), "fp16": True}
     outcome = train(model, data, {**config, "monitor": {"console": False, "tensorboard": False, "curve": False}})
-    assert outcome.reason == "finished"
+    assert outcome.reason == "finished" and outcome.step == 2 * 256 // 16
     assert outcome.loss is not None and outcome.loss < 0.5
     assert not torch.equal(model.weight, before), "in place"
     assert (tmp_path / "run" / "recipe.yaml").exists()

@@ -59,7 +59,7 @@ def run(recipe: Recipe, given: Given | None = None) -> Outcome:
     recipe = as_restarted(recipe, RankEnvironment.from_env().restart)
     patience = timedelta(seconds=recipe.train.timeout_seconds)
     with Mesh.from_env(recipe.plan, timeout=patience) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
-        if trainer.step >= recipe.train.steps:
+        if trainer.step >= trainer.steps:
             logger.info(
                 "The run in %s has taken its %d steps. Raise train.steps to go on, or start anew with --resume never.",
                 recipe.folder,
@@ -348,6 +348,7 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
     loss_by_name(recipe.loss)
     stream = recipe.data.open_training(size=micro, rank=0, world_size=world_size)
     samples = getattr(stream, "num_samples", None)
+    steps = recipe.train.steps_of(stream, accumulation)
     next(iter(stream))
     _close(stream)
     return [
@@ -355,6 +356,6 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
         f"batch   {whole} samples a step: {micro} in a micro-batch x {accumulation} x {world_size}",
         f"model   {recipe.model.name}: {parameters:,} parameters",
         f"data    {recipe.data.source}" + (f": {samples:,} samples" if samples is not None else ""),
-        f"steps   {recipe.train.steps:,}",
+        f"steps   {steps:,}",
         f"folder  {recipe.folder}",
     ]

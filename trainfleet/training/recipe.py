@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -69,8 +70,10 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    steps: int = 1000
-    """Optimizer steps of the whole run."""
+    steps: int | None = None
+    """Optimizer steps of the whole run. null: what `epochs` makes, or 1000."""
+    epochs: int | None = None
+    """Passes over the training data, in place of `steps`; the data must know its length."""
     seed: int = 0
     """Of the model's first numbers, its dropout, and (unless data.seed says otherwise) the order of the data."""
     clip_norm: float | None = 1.0
@@ -106,10 +109,14 @@ class TrainConfig:
     """Import paths of further observers: classes without arguments."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "evaluate_batches", "early_stopping", "check_replicas_every"):
+        for name in ("steps", "epochs", "evaluate_every", "evaluate_batches", "early_stopping", "check_replicas_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{name} is {value}; use 1 or more.")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"train.steps is {self.steps} and train.epochs {self.epochs}; give one of them, and null for the other."
+            )
         if self.rollback_every is not None and self.rollback_every < 1:
             raise ConfigError(f"train.rollback_every is {self.rollback_every}; use 1 step or more, or null.")
         if self.rollback_spike is not None and self.rollback_spike <= 1:
@@ -122,6 +129,20 @@ class TrainConfig:
             raise ConfigError(f"train.clip_norm is {self.clip_norm}; use a positive norm, or null for none.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay is {self.ema_decay}; it lies between 0 and 1, often 0.999.")
+
+    def steps_of(self, batches: object, accumulation: int) -> int:
+        """Optimizer steps of the whole run on this stream of a rank's micro-batches; ConfigError where it has no end.
+
+        The last step of the last epoch is filled up from the next.
+        """
+        if self.epochs is None:
+            return self.steps or 1000
+        length = getattr(batches, "batches_per_epoch", None)
+        if not isinstance(length, int):
+            raise ConfigError(
+                f"train.epochs is {self.epochs}, but the training data does not know its length. Give train.steps."
+            )
+        return math.ceil(self.epochs * length / accumulation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

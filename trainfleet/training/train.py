@@ -26,19 +26,36 @@ FLAT_NAMES: dict[str, str] = {
     "zero_stage": "plan.zero",
     "fp16": "plan.precision",
     "bf16": "plan.precision",
+    "offload_optimizer": "plan.offload",
+    "offload_param": "plan.offload",
+    "activation_checkpointing": "plan.recompute",
     "gradient_clipping": "train.clip_norm",
     "steps": "train.steps",
+    "epochs": "train.epochs",
+    "num_epochs": "train.epochs",
     "seed": "train.seed",
     "save_dir": "folder",
     "save_interval": "checkpoint.every",
+    "checkpoint_interval": "checkpoint.every",
     "keep_checkpoints": "checkpoint.keep_last",
+    "save_function": "checkpoint.save_function",
     "log_interval": "monitor.log_interval",
     "auto_resume": "checkpoint.resume",
     "max_retries": "train.max_retries",
+    "max_retry_attempts": "train.max_retries",
     "num_workers": "data.workers",
     "loss": "loss",
 }
 """Names that people know from other systems, and the recipe's key that each stands for."""
+
+SWITCHES: dict[str, str] = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "offload_optimizer": "optimizer",
+    "offload_param": "parameters",
+    "activation_checkpointing": "blocks",
+}
+"""Those that are switched on and off there, and the value that "on" has here."""
 
 
 def train(
@@ -69,10 +86,11 @@ def recipe_values(config: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, str] = {}
     for name, value in config.items():
         key = FLAT_NAMES.get(name, name)
-        if name in ("fp16", "bf16"):
-            if value is False:
-                continue
-            value = name if value is True else value
+        if name in SWITCHES:
+            with_parameters = name == "offload_optimizer" and _is_on("offload_param", config.get("offload_param"))
+            if not _is_on(name, value) or with_parameters:
+                continue  # with the parameters, the optimizer's state is offloaded too
+            value = SWITCHES[name]
         if name == "auto_resume" and isinstance(value, bool):
             value = "auto" if value else "never"
         for path, leaf in _leaves(key.split("."), value):
@@ -84,6 +102,19 @@ def recipe_values(config: Mapping[str, Any]) -> dict[str, Any]:
             said[dotted] = name
             _put(values, path, leaf)
     return values
+
+
+def _is_on(name: str, value: Any) -> bool:
+    """Of True, `{"enabled": True}`, `{"device": "cpu"}` and "cpu", as configurations elsewhere have it."""
+    if isinstance(value, Mapping):
+        for key, detail in value.items():
+            if key not in ("enabled", "device", "pin_memory") and detail:
+                raise ConfigError(
+                    f"The config says {name}.{key}={detail!r}, which has no such short form here. Leave it out, or use "
+                    "the recipe's own keys: `trainfleet config docs` lists them."
+                )
+        value = value.get("enabled", value.get("device", True))
+    return value not in (None, False, "none")
 
 
 def _leaves(path: list[str], value: Any) -> list[tuple[list[str], Any]]:

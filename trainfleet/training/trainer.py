@@ -85,6 +85,8 @@ class Trainer:
         self.observers = Observers(observers)
         self.step = 0
         """Optimizer steps taken, skipped ones included."""
+        self.steps = self.config.steps_of(batches, accumulation)
+        """Optimizer steps of the whole run, unless `fit` is told otherwise."""
         self.ema = Ema(model, self.config.ema_decay) if self.config.ema_decay else None
         self._batches = iter(batches)
         self._accumulation = accumulation
@@ -118,7 +120,7 @@ class Trainer:
         Ctrl-C and SIGTERM, on any rank, end it after the step under way, with a checkpoint where there is a
         checkpointer. Whatever ends it, observers hear `RunEnded`.
         """
-        steps = steps or self.config.steps
+        steps = steps or self.steps
         started = time.monotonic()
         loss: float | None = None
         summary: dict[str, float | str] = {}
