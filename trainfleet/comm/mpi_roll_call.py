@@ -32,6 +32,7 @@ class RollCall:
         self._comm = comm
         self._where = f" along {name}" if name else ""
         self._sent: list[Any] = []  # small messages under way, with their bytes
+        self._is_over = False  # this rank knows that the group has broken up: others that say so say nothing new
         _all.add(self)
 
     @contextmanager
@@ -56,7 +57,8 @@ class RollCall:
     def _answer(self) -> None:
         while (asked := self._take(_ASK)) is not None:
             self._post(_waiting, asked[0], _ANSWER)
-        if (broken := self._take(_BROKEN)) is not None:
+        if (broken := self._take(_BROKEN)) is not None and not self._is_over:
+            self._is_over = True
             raise PeerError(f"The group has broken up: {broken[1]}")
 
     def call(self, what: str, waited: float) -> PeerError:
@@ -81,6 +83,7 @@ class RollCall:
             sentence += f"; rank {other} waits in {text or 'nothing'}"
         if not silent and not elsewhere:
             sentence += "; all others wait in the same call, so it is only slow"
+        self._is_over = True
         for other in others:
             self._post(f"{sentence}.", other, _BROKEN)
         return PeerError(f"{sentence}.", hint="Look at what that rank does; a longer `timeout` helps if it is slow.")
