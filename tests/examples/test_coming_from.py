@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "coming-from.md").read_text()
 PROGRAMS = re.findall(r"### (.+?)\n(?:(?!### ).)*?```python\n# ours(, under mpiexec)?\n(.*?)```", PAGE, flags=re.DOTALL)
 
