@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from trainfleet.comm.environment import DEFAULT_PORT, RankEnvironment, first_host
+from trainfleet.comm.environment import DEFAULT_PORT, RankEnvironment, first_host, share_cores
 from trainfleet.errors import LaunchError
 
 
@@ -97,6 +99,38 @@ def test_open_mpi_and_mpich_and_both_within_an_allocation():
     assert (env.master_addr, env.launcher) == ("a", "mpirun")
     env = recognised(PMI_RANK=1, PMI_SIZE=2, MPI_LOCALRANKID=1, MPI_LOCALNRANKS=2, **SLURM)
     assert (env.rank, env.world_size, env.local_rank, env.master_addr) == (1, 2, 1, "127.0.0.1")
+
+
+def test_hydra_lets_rank_0_choose_the_place_on_one_host_and_on_many():
+    hydra = {"PMI_RANK": 3, "PMI_SIZE": 4, "PMI_FD": 9, "PMI_HOSTNAME": "node-1", "MPI_LOCALRANKID": 1}
+    env = recognised(**hydra, MPI_LOCALNRANKS=2)
+    assert (env.rank, env.local_rank, env.local_world_size) == (3, 1, 2)
+    assert (env.master_addr, env.master_port) == ("node-1", 0)  # 0: agreed upon when they meet
+    assert recognised(**hydra, MPI_LOCALNRANKS=4).master_addr == "127.0.0.1"
+    by_hand = recognised(**hydra, MPI_LOCALNRANKS=2, MASTER_ADDR="node-0")
+    assert (by_hand.master_addr, by_hand.master_port) == ("node-0", DEFAULT_PORT)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "threads"),
+    [
+        ("mpirun", {}, "3"),
+        ("slurm", {}, "3"),
+        ("slurm", {"SLURM_CPUS_PER_TASK": "5"}, "5"),
+        ("mpirun", {"OMP_NUM_THREADS": "7"}, "7"),
+        ("trainfleet", {}, None),  # its agent has seen to that
+        ("none", {}, None),
+    ],
+)
+def test_ranks_that_no_agent_started_share_the_cores(monkeypatch, launcher, env, threads):
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    share_cores(RankEnvironment(world_size=2, local_world_size=2, launcher=launcher))
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 def test_what_is_set_by_hand_wins_over_every_launcher():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from trainfleet.comm.pmi import has_space
 from trainfleet.errors import LaunchError
 
 DEFAULT_PORT = 29500  # torch's own choice, so that hosts of unlike launchers meet
@@ -28,6 +30,7 @@ class RankEnvironment:
     """Ranks on this host."""
     master_addr: str = "127.0.0.1"
     master_port: int = DEFAULT_PORT
+    """0: rank 0 takes a free one, and tells the others by its launcher's key-value space (pmi.py)."""
     launcher: Literal["trainfleet", "torchrun", "hand", "mpirun", "slurm", "none"] = "none"
     restart: int = 0
     """How often torchrun has started the ranks anew."""
@@ -96,7 +99,9 @@ def _from_mpi(env: Mapping[str, str], rank_name: str, size_name: str) -> RankEnv
     else:
         local_rank = _number(env, "MPI_LOCALRANKID", _number(env, "SLURM_LOCALID", rank))
         local_size = _number(env, "MPI_LOCALNRANKS", world_size)
-    if local_size < world_size and "MASTER_ADDR" not in env:
+    # Hydra gives the ranks a place to agree; then no variable has to say where they meet.
+    agreed = local is None and has_space(env) and not {"MASTER_ADDR", "MASTER_PORT"} & set(env)
+    if local_size < world_size and "MASTER_ADDR" not in env and not agreed:
         raise LaunchError(
             f"mpirun started {world_size} ranks on several hosts, and does not say where rank 0 is. "
             "Pass it on: `mpirun -x MASTER_ADDR=<host of rank 0>` (Open MPI) or `-genv MASTER_ADDR <host>` (MPICH)."
@@ -106,8 +111,8 @@ def _from_mpi(env: Mapping[str, str], rank_name: str, size_name: str) -> RankEnv
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_size,
-        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(env, "MASTER_PORT", _port_of_job(env.get("PMIX_NAMESPACE"))),
+        master_addr=env.get("MASTER_ADDR") or _own_name(env, several_hosts=local_size < world_size),
+        master_port=0 if agreed else _number(env, "MASTER_PORT", _port_of_job(env.get("PMIX_NAMESPACE"))),
         launcher="mpirun",
     )
 
@@ -131,6 +136,18 @@ def _from_slurm(env: Mapping[str, str]) -> RankEnvironment:
     )
 
 
+def share_cores(environment: RankEnvironment) -> None:
+    """Give this rank its share of the cores, where its launcher leaves each rank all of them; before torch is imported.
+
+    Our own agent and torchrun set OMP_NUM_THREADS. mpiexec and srun do not, and ranks that all use every core are
+    slow, and round differently.
+    """
+    if environment.launcher in ("mpirun", "slurm"):
+        threads = _positive(os.environ.get("SLURM_CPUS_PER_TASK")) or threads_per_rank(environment.local_world_size)
+        if threads is not None:
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
 def threads_per_rank(num_local_ranks: int, env: Mapping[str, str] | None = None) -> int | None:
     """A fair share of this host's cores for each of its ranks; None where OMP_NUM_THREADS has been set."""
     if "OMP_NUM_THREADS" in (os.environ if env is None else env):
@@ -148,6 +165,15 @@ def first_host(nodelist: str) -> str:
 def is_loopback(address: str) -> bool:
     """Whether an address means this host to everyone who uses it."""
     return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _own_name(env: Mapping[str, str], *, several_hosts: bool) -> str:
+    """How the other ranks call this host: as the launcher does, or loopback where all are on it."""
+    return (env.get("PMI_HOSTNAME") or socket.gethostname()) if several_hosts else "127.0.0.1"
+
+
+def _positive(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() and int(text) > 0 else None
 
 
 def _tasks_of_node(tasks: str, node: int, otherwise: int) -> int:

@@ -1,13 +1,12 @@
 """How the ranks of a run find each other, and make sure that they are alike, before they compute.
 
 Rank 0 listens at the master's address (or torchrun's agent does it for everyone); every rank says
-which versions it runs; rank 0 compares and tells all of them the same verdict. A wait that ends
+which versions it runs; rank 0 compares and tells all of them the same verdict (roll_call.py). A wait that ends
 without all ranks names those that did not come.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -16,11 +15,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from trainfleet.comm import pmi
 from trainfleet.comm.environment import RankEnvironment, is_loopback
+from trainfleet.comm.roll_call import RollCall
 from trainfleet.errors import LaunchError, PeerError
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NAME_SECONDS = 60.0
+
 _meetings = 0  # in this process; every rank counts alike, so that each meeting has its own keys in a lasting store
+_place: str | None = None  # where the ranks of this process's launcher have agreed to meet
 _listening: dict[tuple[str, int], Store] = {}  # a store must outlive the slowest rank's use of it: until the exit
 
 
@@ -56,12 +61,29 @@ def meet(
     if environment.world_size == 1:
         return HashStore()  # type: ignore[no-any-return]
     _meetings += 1
+    environment = _settled(environment, timeout, noun)
     store = PrefixStore(f"trainfleet/{environment.restart}/{_meetings}", _store_at_master(environment, timeout, noun))
     store.set_timeout(timeout)
-    _compare(store, environment, facts or versions(), timeout, noun)
+    RollCall(store=store, environment=environment, facts=facts or versions(), timeout=timeout, noun=noun).answer()
     if not is_loopback(environment.master_addr):
         _name_interface(environment.master_addr)
     return store  # type: ignore[no-any-return]
+
+
+def _settled(environment: RankEnvironment, timeout: timedelta, noun: str) -> RankEnvironment:
+    """`environment` with the port that rank 0 chose, where the launcher has a space in which it can say so."""
+    global _place
+    if environment.master_port != 0:
+        return environment
+    if _place is None:
+        word = None
+        if environment.rank == 0:
+            listening: Any = _store_at_master(environment, timeout, noun)
+            _listening[environment.master_addr, listening.port] = listening
+            word = f"{environment.master_addr}:{listening.port}"
+        _place = pmi.tell_all(word, timeout)
+    address, _, port = _place.rpartition(":")
+    return replace(environment, master_addr=address, master_port=int(port))
 
 
 def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str) -> Store:
@@ -71,7 +93,9 @@ def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str
     if (address, port) in _listening:
         return _listening[address, port]
     listens = environment.rank == 0 and not environment.agent_store
-    if not listens:
+    if listens:
+        _await_own_name(address, timeout, noun)
+    else:
         _await_listener(address, port, timeout, f"{noun.capitalize()} {environment.rank}")
 
     def connect() -> Store:
@@ -92,7 +116,8 @@ def _store_at_master(environment: RankEnvironment, timeout: timedelta, noun: str
             f"{noun.capitalize()} {environment.rank} found something at {address}:{port} that is not {noun} 0: {exc}",
             hint="Another program may have the port. Choose a free one, the same everywhere.",
         ) from exc
-    _listening[address, port] = store
+    if port:
+        _listening[address, port] = store
     return store
 
 
@@ -118,6 +143,23 @@ def _within(timeout: timedelta, connect: Callable[[], Store]) -> Store:
     if isinstance(result, BaseException):
         raise result
     return result
+
+
+def _await_own_name(address: str, timeout: timedelta, noun: str) -> None:
+    """Return when this host knows the name under which the others are to find it; a cluster may publish it late."""
+    ends = time.monotonic() + min(timeout.total_seconds(), _NAME_SECONDS)
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as exc:
+            if time.monotonic() < ends:
+                time.sleep(0.25)
+                continue
+            raise LaunchError(
+                f"{noun.capitalize()} 0 is to listen at {address}, but this host does not know that name.",
+                hint="Give an address of this host that the others can reach, or mend its entry in the name service.",
+            ) from exc
 
 
 def _await_listener(address: str, port: int, timeout: timedelta, who: str) -> None:
@@ -149,69 +191,9 @@ def _obstacle(exc: OSError) -> str:
     return f"{exc.strerror or exc}."
 
 
-def _compare(
-    store: Store, environment: RankEnvironment, facts: Mapping[str, str], timeout: timedelta, noun: str
-) -> None:
-    """Rank 0 looks at everyone's facts; all ranks return, or all raise the same PeerError."""
-    from torch.distributed import DistError  # type: ignore[attr-defined]
-
-    rank = environment.rank
-    store.set(f"rank/{rank}", json.dumps({"host": socket.gethostname(), "facts": dict(facts)}))
-    if rank == 0:
-        complaint = _verdict(store, environment.world_size, timeout, noun)
-        store.set("verdict", json.dumps(complaint))
-        if complaint and not environment.agent_store:
-            # We are the store: were we to go at once, the others would see a broken connection and no verdict.
-            _linger(store, sum(store.check([f"rank/{other}"]) for other in range(1, environment.world_size)))
-    try:
-        # Rank 0's own wait has to end first, so that its verdict still finds us here.
-        store.wait(["verdict"], timeout + timedelta(seconds=10))
-        complaint = json.loads(store.get("verdict"))
-        store.add("heard", int(rank != 0))
-    except (DistError, RuntimeError) as exc:
-        raise PeerError(
-            f"{noun.capitalize()} {rank} met no {noun} 0 at {environment.master_addr}:{environment.master_port} "
-            f"within {timeout.total_seconds():g} s, though something listens there."
-        ) from exc
-    if complaint:
-        raise PeerError(complaint)
-
-
 def leave(address: str, port: int) -> None:
     """Close this process's end of the store there: for a launcher, which lives on after its run."""
     _listening.pop((address, port), None)
-
-
-def _linger(store: Store, others: int) -> None:
-    """Up to two seconds for the others to hear the verdict."""
-    ends = time.monotonic() + 2
-    while store.add("heard", 0) < others and time.monotonic() < ends:
-        time.sleep(0.02)
-
-
-def _verdict(store: Store, world_size: int, timeout: timedelta, noun: str) -> str:
-    """What is wrong with the ranks that came, in a sentence; empty when nothing is."""
-    from torch.distributed import DistError  # type: ignore[attr-defined]
-
-    keys = [f"rank/{rank}" for rank in range(world_size)]
-    try:
-        store.wait(keys, timeout)
-    except (DistError, RuntimeError):
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if missing:
-            return (
-                f"Of {world_size} {noun}s, {noun}{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not "
-                f"come within {timeout.total_seconds():g} s. Start all of them, each told the same number of {noun}s."
-            )
-    came: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
-    for rank, other in enumerate(came):
-        for name, value in came[0]["facts"].items():
-            if other["facts"].get(name) != value:
-                return (
-                    f"{noun.capitalize()} {rank} ({other['host']}) has {name} {other['facts'].get(name)}, but {noun} 0 "
-                    f"({came[0]['host']}) has {name} {value}. Use the same everywhere."
-                )
-    return ""
 
 
 def _name_interface(master: str) -> None:
