@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 from urllib.parse import quote, unquote
 
 from trainfleet.errors import NotStored, StoreError
+from trainfleet.store.direct import DirectFile
 from trainfleet.store.hold import HOLD, FileHold
 from trainfleet.store.store import PATIENCE, Buffer, chunks_of, parts_of
 
@@ -29,7 +29,6 @@ UNFINISHED = ".unfinished-"
 """How names of files begin that are being written. Stored names never do: their leading dot is escaped."""
 
 _PLAIN = " !#$&'()+,-;=@[]^_`{}.~"  # stand for themselves in file names, beside letters and digits
-_BUFFER_BYTES = 1 << 20
 _DAY_SECONDS = 86_400
 
 _REASONS = {
@@ -310,36 +309,19 @@ def _open_unfinished(folder: Path, root: Path | None) -> tuple[int, Path]:
 def _write_and_rename(path: Path, root: Path | None, data: Buffer | Iterable[Buffer]) -> int:
     descriptor, unfinished = _open_unfinished(path.parent, root)
     # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
-    with os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
-        try:
-            size = started = 0
-            for chunk in chunks_of(data):
-                size += file.write(chunk)
-                if size - started >= _BUFFER_BYTES:
-                    file.flush()
-                    _start_writing(descriptor, started, size)
-                    started = size
-            file.flush()
-            os.fsync(descriptor)
-            unfinished.replace(path)
-        except BaseException:
-            _abandon(file, unfinished)
-            raise
-    return size
-
-
-def _start_writing(descriptor: int, begin: int, end: int) -> None:
-    """Let the device begin with these bytes while the next ones are made: fsync has less left to wait for."""
-    if hasattr(os, "posix_fadvise"):  # "not needed" makes Linux write at once what is not written yet
+    try:
+        file = DirectFile(descriptor)
+        for chunk in chunks_of(data):
+            file.write(chunk)
+        file.finish()
+        unfinished.replace(path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
-
-
-def _abandon(file: BinaryIO, unfinished: Path) -> None:
-    with contextlib.suppress(OSError):
-        unfinished.unlink()
-    with contextlib.suppress(OSError):
-        file.close()  # a full disk refuses the last buffer once more
+            unfinished.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    return file.num_bytes
 
 
 def _make_folders(folder: Path, root: Path | None) -> None:
