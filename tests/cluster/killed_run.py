@@ -54,9 +54,9 @@ class Numbers:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The ranks that `trainfleet train` has started, in order."""
-    ranks = [each for each in psutil.Process(launcher).children() if "trainfleet.cli.rank" in each.cmdline()]
-    return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
+    """The ranks that `trainfleet train` has started, in order; they bear their number as name."""
+    children = psutil.Process(launcher).children()
+    return sorted((each for each in children if each.name().startswith("rank ")), key=psutil.Process.name)
 
 
 def write_job(folder: Path, recipe: str = RECIPE) -> None:

@@ -44,7 +44,7 @@ def kills_of(seed: int, count: int) -> list[dict[str, Any]]:
     chance.shuffle(order)
     found = []
     for place in order:
-        victims = ["rank", "all", "job"]
+        victims = ["rank", "ranks", "all", "job"]
         if place == "writing shards":
             victims.append("writer")
         kill = {"place": place, "rank": 0 if place in ON_RANK_0 else chance.randrange(2)}

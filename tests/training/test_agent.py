@@ -6,13 +6,17 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch", reason="the agent is torch's")
 
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
 from trainfleet.errors import RankFailed
-from trainfleet.training.agent import Job, run_command
+from trainfleet.training.agent import Job, _Agent, run_command
 
 
 def test_a_command_runs_as_every_rank_and_all_is_as_before(tmp_path: Path) -> None:
@@ -72,3 +76,41 @@ def test_ranks_that_were_killed_are_started_as_often_as_allowed(tmp_path: Path) 
     with pytest.raises(RankFailed, match="was killed by SIGKILL"):
         run_command(Job(nproc=1, max_restarts=3), command, threads=None)
     assert len((tmp_path / "starts").read_text()) == 4
+
+
+class LostStore:
+    """A store that other hosts no longer write to."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def get(self, key: str) -> bytes:
+        if key.endswith("/0"):
+            return b"1"
+        raise RuntimeError("wait timeout after 600000ms, keys: /trainfleet/restarts/1")
+
+
+def test_a_host_that_does_not_say_how_often_it_has_started_is_a_peer_that_is_lost() -> None:
+    agent = object.__new__(_Agent)
+    agent._remaining_restarts = 1
+    group: Any = SimpleNamespace(
+        group_world_size=2, group_rank=0, store=LostStore(), spec=SimpleNamespace(max_restarts=2)
+    )
+    with pytest.raises(RendezvousError, match=r"could not agree on the number of restarts \(wait timeout"):
+        agent._agree_on_restarts(group)
+
+
+def test_ranks_are_told_once_to_end_before_they_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    shutdown = _Agent._shutdown
+
+    def counted(self: _Agent, *args: Any, **options: Any) -> None:
+        told.append("end")
+        shutdown(self, *args, **options)
+
+    monkeypatch.setattr(_Agent, "_shutdown", counted)
+    command = ["sh", "-c", f"echo >> {tmp_path / 'starts'}; kill -9 $$"]
+    with pytest.raises(RankFailed):
+        run_command(Job(nproc=1, max_restarts=1), command, threads=None)
+    # Once before the second start, once when no more are allowed, and once at the end of all.
+    assert (len((tmp_path / "starts").read_text()), len(told)) == (2, 3)

@@ -15,10 +15,22 @@ from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
 if TYPE_CHECKING:
     from trainfleet.comm.environment import RankEnvironment
+    from trainfleet.training.copies import Preloaded
     from trainfleet.training.recipe import Recipe
 
 INTERRUPTED = 130
 RESUME = ("auto", "never", "must")
+FOR_RANKS = (
+    "trainfleet.cli.train",
+    "trainfleet.training.job",
+    "trainfleet.training.trainer",
+    "trainfleet.comm.torch_group",
+    "trainfleet.comm.rendezvous",
+    "pydantic.dataclasses",
+    "torch._dynamo",  # the first optimizer imports it, compiled or not: half a second
+    "torch.distributed.fsdp",
+)
+"""What ranks would import one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +69,8 @@ def train(
 ) -> None:
     """Train as a recipe says.
 
-    Under torchrun, srun or mpirun it is one rank of those that were started; otherwise it starts them itself.
+    Under torchrun, srun or mpirun it is one rank of those that were started, unless --node-rank is given; otherwise
+    it starts them itself.
     """
     from trainfleet.comm.environment import RankEnvironment
     from trainfleet.config import load_config
@@ -66,12 +79,13 @@ def train(
     settings = load_config(Recipe, file=recipe, overrides=[*(overrides or []), *_resume_override(resume)]).value
     make_importable(recipe.parent)
     environment = RankEnvironment.from_env()
-    started = environment.launcher != "none"
+    # With a number for this host it is the host's launcher, whatever started it: one task a node of srun, a pod.
+    started = environment.launcher != "none" and node_rank is None
     if started and (nproc or 1, nnodes, max_restarts) != (1, 1, 0):
         raise LaunchError(
             f"This process is rank {environment.rank} of {environment.world_size} that {environment.launcher} has "
-            "started, and does not start others. Leave out --nproc, --nnodes and --max-restarts, or call "
-            "`trainfleet train` outside of it."
+            "started, and does not start others. Leave out --nproc, --nnodes and --max-restarts; or let it start one "
+            "process a host, and give each the number of its host by --node-rank."
         )
     ranks = Ranks(
         nproc=nproc or 1, nnodes=nnodes, node_rank=node_rank, rendezvous=rendezvous, max_restarts=max_restarts
@@ -88,9 +102,11 @@ def train(
 def train_here(recipe: Recipe, environment: RankEnvironment, *, debug: bool) -> int:
     """Train as one rank, in this process; the exit code."""
     from trainfleet import log
+    from trainfleet.comm.environment import share_cores
     from trainfleet.training.failure import reported_failures
     from trainfleet.training.job import run
 
+    share_cores(environment)
     log.setup("debug" if debug else "info", environment.rank, environment.world_size)
     with reported_failures():
         outcome = run(recipe)
@@ -108,14 +124,24 @@ def make_importable(folder: Path) -> None:
 def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     """Check what can be checked here, then start this host's ranks with the recipe as it is now, and wait."""
     from trainfleet import log
-    from trainfleet.config import to_yaml
-    from trainfleet.training.failure import leave_report
-    from trainfleet.training.job import check
-    from trainfleet.training.launch import run_elastic
+    from trainfleet.comm.environment import threads_per_rank
+    from trainfleet.training.copies import Preloaded
 
     log.setup("debug" if debug else "info")
-    check(recipe, ranks.world_size)
-    _refuse_folder_in_use(Path(recipe.folder))
+    # It imports while the recipe is checked.
+    with Preloaded(FOR_RANKS, threads=threads_per_rank(ranks.nproc)) as preloaded:
+        from trainfleet.training.job import check
+
+        check(recipe, ranks.world_size)
+        _refuse_folder_in_use(Path(recipe.folder))
+        return _run(recipe, ranks, folder, preloaded, debug=debug)
+
+
+def _run(recipe: Recipe, ranks: Ranks, folder: Path, preloaded: Preloaded, *, debug: bool) -> int:
+    from trainfleet.config import to_yaml
+    from trainfleet.training.failure import leave_report
+    from trainfleet.training.launch import run_elastic
+
     with tempfile.TemporaryDirectory(prefix="trainfleet-") as place:
         # Ranks that start anew must not read a file, or an environment, that somebody has changed meanwhile.
         resolved = Path(place) / "recipe.yaml"
@@ -129,6 +155,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
                 node_rank=ranks.node_rank,
                 rendezvous=ranks.rendezvous,
                 max_restarts=ranks.max_restarts,
+                preloaded=preloaded,
             )
         except RankFailed as error:
             if report := leave_report(Path(recipe.folder), error):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -22,9 +20,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    LogsSpecs,
+    MultiprocessContext,
+    PContext,
+    SignalException,
+)
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -33,32 +37,20 @@ from trainfleet.comm.environment import RUN_ID
 from trainfleet.errors import PeerError
 from trainfleet.training.failure import Failure, cause_of, death_of, failure_from_json, read_failures
 from trainfleet.training.progress import read_progress
+from trainfleet.training.rank_processes import LEFT_BEHIND_SECONDS, RankProcesses, environments
 from trainfleet.training.restarts import FailedAgain, Restarts
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from trainfleet.training.copies import Preloaded
+
 logger = logging.getLogger(__name__)
 
-_LEFT_BEHIND_SECONDS = 5
-"""For ranks to end once another has failed; a save that is nearly done may still be committed."""
+Make = Callable[[dict[int, dict[str, str]], LogsSpecs], PContext]
+"""Makes, but does not start, the processes of the ranks of this host, from their environments by local rank."""
 
-# The command of a rank replaces this program, and keeps what it asked of the kernel: to be killed when its parent
-# is. A parent that has died in between is seen by its process id. `-I -S` because nothing else is needed: 10 ms.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-parent, threads, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-    if os.getppid() != parent:
-        os._exit(1)
-if threads:
-    os.environ["OMP_NUM_THREADS"] = threads
-try:
-    os.execvp(command[0], command)
-except OSError as exc:
-    sys.exit(f"{command[0]!r} cannot be started: {exc.strerror}.")
-"""
+_ROLE = "trainfleet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,39 +73,43 @@ class Job:
     """For ranks that were told to end: to save and to say goodbye."""
 
 
-def run_command(job: Job, command: Sequence[str], *, threads: int | None) -> int:
+def run_command(job: Job, command: Sequence[str], *, threads: int | None, preloaded: Preloaded | None = None) -> int:
     """Run `command` as each rank of this host until all have ended; RankFailed names the cause if one failed.
 
-    0, or 128 + the number of the signal that ended them.
+    Where it is `python -m module ...`, ranks are copies of `preloaded`. 0, or 128 + the number of the signal that
+    ended them.
     """
-    wrapped = ["-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(threads or ""), *command]
-    wrapped = [argument.replace("$", "$$") for argument in wrapped]  # the agent fills in templates
-    ended = _run(job, sys.executable, wrapped)
+
+    def make(environments: dict[int, dict[str, str]], logs: LogsSpecs) -> PContext:
+        return RankProcesses(command, environments, logs, threads=threads, preloaded=preloaded)
+
+    ended = _run(job, make)
     return 128 + ended if isinstance(ended, signal.Signals) else 0
 
 
 def run_function(job: Job, function: Callable[..., Any], args: Sequence[Any], *, start_method: str) -> list[Any]:
     """What `function(*args)` returns on each rank of this host; KeyboardInterrupt if a signal ended them."""
-    ended = _run(job, function, args, start_method)
+
+    def make(environments: dict[int, dict[str, str]], logs: LogsSpecs) -> PContext:
+        arguments = dict.fromkeys(environments, tuple(args))
+        return MultiprocessContext(_ROLE, function, arguments, environments, start_method, logs)
+
+    ended = _run(job, make)
     if isinstance(ended, signal.Signals):
         raise KeyboardInterrupt(f"The ranks were ended by {ended.name}.")
     return [ended[rank] for rank in sorted(ended)]
 
 
-def _run(
-    job: Job, entrypoint: str | Callable[..., Any], args: Sequence[Any], start_method: str = "spawn"
-) -> dict[int, Any] | signal.Signals:
+def _run(job: Job, make: Make) -> dict[int, Any] | signal.Signals:
     with tempfile.TemporaryDirectory(prefix="trainfleet-") as folder, _signals_restored(), _quiet():
-        ended = _supervise(job, entrypoint, args, start_method, Path(folder))
+        ended = _supervise(job, make, Path(folder))
     if isinstance(ended, Failure):
         # Raised only here: a traceback that somebody keeps would keep the agent, and with it its open port.
         raise ended.error()
     return ended
 
 
-def _supervise(
-    job: Job, entrypoint: str | Callable[..., Any], args: Sequence[Any], start_method: str, folder: Path
-) -> dict[int, Any] | Failure | signal.Signals:
+def _supervise(job: Job, make: Make, folder: Path) -> dict[int, Any] | Failure | signal.Signals:
     """Start the ranks of this host and stay until they have ended: with results, with a failure, or by a signal."""
     seconds = max(1, round(job.timeout.total_seconds()))
     parameters = RendezvousParameters(
@@ -130,10 +126,9 @@ def _supervise(
     try:
         handler = get_rendezvous_handler(parameters)
         spec = WorkerSpec(
-            role="trainfleet",
+            role=_ROLE,
             local_world_size=job.nproc,
-            entrypoint=entrypoint,
-            args=tuple(args),
+            entrypoint=_ROLE,  # which is for torch's log alone: `make` knows what is run
             rdzv_handler=handler,
             max_restarts=job.max_restarts,
             monitor_interval=0.1,
@@ -142,10 +137,10 @@ def _supervise(
         agent = _Agent(
             spec=spec,
             logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-            start_method=start_method,
             shutdown_timeout=round(job.grace.total_seconds()),
         )
         agent.folder = folder
+        agent._make = make
         agent._restarts = Restarts()
         try:
             result: RunResult | None = agent.run()
@@ -168,6 +163,7 @@ def _supervise(
 class _Agent(LocalElasticAgent):
     folder: Path
     """Where ranks leave their reports."""
+    _make: Make
     _restarts: Restarts
     _died: dict[int, int] = {}  # noqa: RUF012  # local rank -> exit code, of those that were seen to fall first
     _result: RunResult | None = None
@@ -183,7 +179,7 @@ class _Agent(LocalElasticAgent):
         died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         if died and not self._died:
             self._died = died
-            self._shutdown(timeout=_LEFT_BEHIND_SECONDS)
+            self._shutdown(timeout=LEFT_BEHIND_SECONDS)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Start anew, unless the ranks failed as they did before: then another start would do no better."""
@@ -201,13 +197,16 @@ class _Agent(LocalElasticAgent):
             soon = f"in {pause:g} s" if pause else "now"
             logger.log(level, "The ranks start anew %s, because rank %d %s", soon, failure.rank, failure.sentence)
         time.sleep(pause)
-        super()._restart_workers(worker_group)
+        worker_group.state = WorkerState.STOPPED
+        self._initialize_workers(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._died, self._result = {}, None
         self._agree_on_restarts(worker_group)
-        started: dict[int, Any] = super()._start_workers(worker_group)
-        return started
+        restarts = worker_group.spec.max_restarts - self._remaining_restarts
+        self._pcontext = self._make(environments(worker_group, restarts), self._logs_specs)
+        self._pcontext.start()
+        return self._pcontext.pids()
 
     def _agree_on_restarts(self, worker_group: WorkerGroup) -> None:
         """Let the ranks of all hosts hear of equally many restarts: where they meet depends on that number.
@@ -218,13 +217,16 @@ class _Agent(LocalElasticAgent):
         if size == 1 or store is None:
             return
         most = worker_group.spec.max_restarts
-        store.set(f"trainfleet/restarts/{worker_group.group_rank}", str(most - self._remaining_restarts))
-        counted = [int(store.get(f"trainfleet/restarts/{host}")) for host in range(size)]
+        try:
+            store.set(f"trainfleet/restarts/{worker_group.group_rank}", str(most - self._remaining_restarts))
+            counted = [int(store.get(f"trainfleet/restarts/{host}")) for host in range(size)]
+        except RuntimeError as exc:  # torch's word for a store that is gone, or has waited long enough
+            raise RendezvousError(f"the hosts could not agree on the number of restarts ({exc})") from exc
         self._remaining_restarts = most - max(counted)
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         # Ranks whose peer is gone end by themselves. Those that hang would be given half a minute.
-        self._shutdown(timeout=_LEFT_BEHIND_SECONDS)
+        self._shutdown(timeout=LEFT_BEHIND_SECONDS)
 
     def _attempt(self) -> Path:
         """The folder of the latest start."""

@@ -22,6 +22,7 @@ from trainfleet.training.failure import UNGUARDED, reported_failures
 
 if TYPE_CHECKING:
     from trainfleet.training.agent import Job
+    from trainfleet.training.copies import Preloaded
 
 T = TypeVar("T")
 
@@ -77,6 +78,7 @@ def run_elastic(
     max_restarts: int = 0,
     timeout: timedelta = timedelta(minutes=10),
     grace: timedelta = timedelta(minutes=1),
+    preloaded: Preloaded | None = None,
 ) -> int:
     """Run `command` as `nproc` ranks of this host; 0 when all have ended well, 128 + signal when told to end.
 
@@ -85,6 +87,7 @@ def run_elastic(
     says what is in the way. After a failure all ranks start anew up to `max_restarts` times; then RankFailed
     names the rank that failed first. SIGINT and SIGTERM are passed on, and the ranks have `grace` to save and end;
     a second signal kills them. They die with this process.
+    Where the command is `python -m module ...`, ranks are copies of `preloaded` (preload.py) and import nothing anew.
     """
     _check_nproc(nproc)
     meeting = None if nnodes == 1 else _meeting(nnodes, node_rank, rendezvous)
@@ -94,7 +97,7 @@ def run_elastic(
     try:
         if meeting is not None:
             job = _meet_hosts(job, meeting)
-        return run_command(job, command, threads=threads_per_rank(nproc))
+        return run_command(job, command, threads=threads_per_rank(nproc), preloaded=preloaded)
     finally:
         if meeting is not None:
             leave(meeting.master_addr, meeting.master_port)

@@ -50,7 +50,14 @@ def strike(kill, mark):
         return
     rank = os.getppid() if is_writer() else os.getpid()
     agent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-    victims = {"rank": [rank], "writer": [os.getpid()], "all": children(agent), "job": [agent, *children(agent)]}
+    below = children(agent)  # the ranks, and the process that they are copied from
+    victims = {
+        "rank": [rank],
+        "ranks": [pid for pid in below if Path(f"/proc/{pid}/comm").read_text().startswith("rank ")],
+        "writer": [os.getpid()],
+        "all": below,
+        "job": [agent, *below],
+    }
     for pid in victims[kill["victims"]]:
         if pid != os.getpid():
             os.kill(pid, signal.SIGKILL)
@@ -115,5 +122,5 @@ class Hook:
         return spec
 
 
-if "KILLS" in os.environ and "RANK" in os.environ:
+if "KILLS" in os.environ:  # also where ranks are only to be copied from
     sys.meta_path.insert(0, Hook())
