@@ -60,6 +60,12 @@ def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:
     assert {row[2] for row in table["rows"]} == {"LocalBatches", "LocalBatches again", "DataLoader"}
 
 
+def test_the_fused_loss_is_timed_beside_the_plain_one(tmp_path: Path) -> None:
+    (table,) = tables("linear_cross_entropy", tmp_path)
+    assert [row[1] for row in table["rows"]] == ["plain", "trainfleet"]
+    assert all(float(row[-1]) > 0 for row in table["rows"])
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 

@@ -76,6 +76,11 @@ def test_a_loop_without_torch_goes_on_and_keeps_its_farthest(tmp_path: Path) -> 
     assert lines[1].endswith("40, 50]") and lines[3].endswith("90, 100]")
 
 
+def test_own_kernel_agrees_with_its_twin_and_trains(tmp_path: Path) -> None:
+    said = run(python("own_kernel.py"), tmp_path)
+    assert "6 tensors agree with the twin" in said and "reason='finished'" in said
+
+
 def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> None:
     said = run(python("export.py"), tmp_path)
     right = re.search(r"(\d+)% of the held-out digits", said)
