@@ -28,6 +28,12 @@ def run(request: pytest.FixtureRequest) -> Run:
     return lambda size, function, *args: run_ranks(size, lambda group: function(group, *args))
 
 
+@pytest.fixture
+def run_mpi(request: pytest.FixtureRequest) -> Run:
+    """The same on MPI only."""
+    return on_all_ranks if "PMI_RANK" in os.environ else request.getfixturevalue("mpi_ranks")  # type: ignore[no-any-return]
+
+
 def on_all_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     from trainfleet.comm.mpi_group import MpiGroup, mpi
 

@@ -11,6 +11,7 @@ import pytest
 
 from trainfleet.codec import BFloat16, Float16
 from trainfleet.comm.threads import run_ranks
+from trainfleet.errors import PeerError
 from trainfleet.mpi.average import BUCKET_BYTES, GradientAverage, average_gradients, collect
 
 SHAPES = [(2, 3), (), (BUCKET_BYTES // 4 + 1,), (5,), (0, 4), (BUCKET_BYTES // 16,)]
@@ -98,6 +99,49 @@ def collected(group):
 
 def test_collected_arrays_are_on_one_rank_only(run):
     assert run(3, collected) == [None, [[[0, 0]], [[1, 1]] * 2, [[2, 2]] * 3], None]
+
+
+F, D = np.float32, np.float64
+UNLIKE = {
+    "count": ([np.ones(2, F)], [np.ones(2, F), np.ones(3, F)], "number 1 is none on rank 0 of 2, '1' float32 (3,)"),
+    "shape": (
+        [np.ones(4, F)],
+        [np.ones(5, F)],
+        "'0' float32 (4,) on rank 0 of 2, '0' float32 (5,) on",
+    ),
+    "order of equal bytes": ([np.ones(2), np.ones(3)], [np.ones(3), np.ones(2)], "'0' float64 (2,) on rank 0"),
+    "dtype": ([np.ones(2, F)], [np.ones(2, D)], "'0' float64 (2,) on rank 1 (1 and 1 arrays in all)"),
+    "name": ({"a": np.ones(2)}, {"b": np.ones(2)}, "'a' float64 (2,) on rank 0 of 2, 'b'"),
+}
+
+
+def unlike(group, kind, one_by_one):
+    grads = UNLIKE[kind][group.rank]
+    with pytest.raises(PeerError) as caught:
+        if one_by_one:
+            average = GradientAverage(group)
+            for name, gradient in grads.items() if isinstance(grads, dict) else enumerate(grads):
+                average.add(name, gradient)
+            average.finish()
+        else:
+            average_gradients(grads, group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_every_rank_hears_which_gradient_is_not_alike(run, kind):
+    for sentence in run(2, unlike, kind, False):
+        assert sentence.startswith("Ranks bring unlike arrays: ") and UNLIKE[kind][2] in sentence
+
+
+def unlike_one_by_one(group):
+    return unlike(group.split(0), "order of equal bytes", True), unlike(group.split(0), "count", True)
+
+
+def test_gradients_one_by_one_are_compared_at_the_end_or_refused_by_the_group(run):
+    for equal_bytes, more_bytes in run(2, unlike_one_by_one):
+        assert "number 0 is '0' float64 (2,) on rank 0" in equal_bytes
+        assert "all_reduce_" in more_bytes  # the bucket itself is not alike
 
 
 def test_integers_are_refused_by_name():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainfleet.comm.threads import run_ranks
 from trainfleet.errors import ConfigError
 from trainfleet.mpi.cross_entropy import cross_entropy
 from trainfleet.mpi.layers import Linear, Sequential
@@ -75,8 +76,14 @@ def expected():
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(zero=1), Plan(zero=2), Plan(zero=3), Plan(pp=2)], ids=str)
-def test_it_has_the_losses_of_keras(run, expected, plan):
-    for found in run(2, losses, plan):
+def test_it_has_the_losses_of_keras(expected, plan):
+    for found in run_ranks(2, lambda group: losses(group, plan)):
+        np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
+@pytest.mark.matrix
+def test_it_has_them_under_mpi(run_mpi, expected):
+    for found in run_mpi(2, losses, Plan(zero=3)):
         np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 

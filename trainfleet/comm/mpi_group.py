@@ -4,6 +4,11 @@ Before each collective travels a line of 64 bytes from every rank that says what
 that called unlike things hear so from each other, instead of waiting for ever or being ended by MPI. Waiting is done in
 small naps (MPI's own takes a core, and where ranks are more than cores it takes turns of milliseconds), and ends at the
 deadline with a roll call: whoever waits answers, and who does not is named.
+
+Among few ranks, large arrays are summed in two steps, part by part: every rank adds up its share of a part, divides it
+while it is in the caches, and hands it to the others. That moves as many bytes as MPI's own sum, and is as fast with
+the division as that is without (benchmarks/mpi_average.py). Sums of float16 and bfloat16, which MPI has not, always go
+so, and lose no digits: they are added up in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,12 +19,13 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from trainfleet.comm.gpu_memory import empty, is_on_gpu, reads_gpu_memory, synchronize
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
 from trainfleet.comm.mpi_roll_call import RollCall
 from trainfleet.comm.numbers import as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
@@ -32,8 +38,9 @@ if TYPE_CHECKING:
 Steps: TypeAlias = Iterator[Any]
 
 _LINE = 64  # bytes of a signature; a longer one ends with its checksum
-_PART_BYTES = 1 << 20  # of a sum (benchmarks/mpi_average.py)
-_TURNS = 100  # tests with a mere yield before the naps begin
+_SHARE_BYTES = 1 << 18  # of each rank in a part of a sum: the caches hold what it adds up (benchmarks/mpi_average.py)
+_FEW = 16  # ranks; among more, shares would be many and small, and MPI's own sums know the network
+_SPIN_SECONDS = 2e-3  # without progress, before the naps begin
 _NAP_SECONDS = 2e-5
 _LINE_TAG, _ARRAY_TAG = 1, 2
 _abandoned: list[Any] = []  # MPI may still write into what nobody waits for: it lives as long as the process
@@ -58,11 +65,7 @@ def memory_kinds() -> tuple[str, ...]:
 
 
 class MpiGroup:
-    """A `Group` and `Links` over a communicator, which it copies: its messages never meet those of others.
-
-    Sums of float16 and bfloat16, which MPI has not, go in two steps: every rank adds up one part in float32, rounds
-    it once, and hands it to the others. That moves as many bytes as MPI's own sums, and loses no digits.
-    """
+    """A `Group` and `Links` over a communicator, which it copies: its messages never meet those of others."""
 
     def __init__(self, comm: MPI.Comm, *, name: str = "", timeout: timedelta = DEADLINE) -> None:
         self.name = name
@@ -71,6 +74,8 @@ class MpiGroup:
         self._lines = comm.Dup()
         self.roll_call = RollCall(comm.Dup(), name)
         self.broken: BaseException | None = None
+        self.num_steps = 0
+        """Exchanges that have ended: while they do, waiting is worth a core."""
         self._queue: deque[MpiWork] = deque()
 
     @classmethod
@@ -89,77 +94,81 @@ class MpiGroup:
     def __repr__(self) -> str:
         return f"MpiGroup({self.name or 'world'}, rank {self.rank} of {self.size})"
 
+    def takes(self, array: Array) -> bool:
+        """Whether `array`, which lies in a GPU's memory, may be handed over: this MPI reads it, and can add it up."""
+        return is_on_gpu(array) and not is_small_float(array.dtype) and reads_gpu_memory(memory_kinds())
+
+    def _held(self, array: Array) -> Any:
+        if not self.takes(array):
+            return as_numpy(array)
+        synchronize(array)
+        return array
+
     def all_reduce_(self, array: Array, op: Reduction = "sum") -> MpiWork:
-        held = as_numpy(array)
+        held = self._held(array)
         check_reduction(held, op)
 
         def steps() -> Steps:
-            flat = np.ascontiguousarray(held).reshape(-1)
-            if is_small_float(flat.dtype):
-                flat = yield from self._reduced_in_two_steps(flat, op)
+            flat = _flat(held)
+            large = flat.nbytes >= _SHARE_BYTES and 1 < self.size <= _FEW and not is_on_gpu(flat)
+            if large or is_small_float(flat.dtype):
+                yield from self._reduced_in_two_steps(flat, op)
             else:
-                yield from self._reduced_in_parts(flat, op)
+                yield self._comm.Iallreduce(mpi().IN_PLACE, flat, _op(op))
+                if op == "mean":
+                    np.divide(flat, self.size, out=flat)
             _put_back(flat, held)
 
         return self._collective(f"all_reduce_ {op} {signature(held)}", steps())
 
-    def _reduced_in_parts(self, flat: Any, op: str) -> Steps:
-        """Two parts under way at a time: one is divided, still in the caches, while the next travels."""
-        length = max(1, _PART_BYTES // flat.itemsize)
-        parts = [flat[at : at + length] for at in range(0, flat.size, length)]
-        requests = [self._comm.Iallreduce(mpi().IN_PLACE, part, _op(op)) for part in parts[:2]]
-        for index, part in enumerate(parts):
-            yield requests[index]
-            if index + 2 < len(parts):
-                requests.append(self._comm.Iallreduce(mpi().IN_PLACE, parts[index + 2], _op(op)))
-            if op == "mean":
-                np.divide(part, self.size, out=part)
-
-    def _reduced_in_two_steps(self, flat: Any, op: str) -> Generator[Any, None, Any]:
-        part = -(-flat.size // self.size)
-        padded = np.zeros(part * self.size, flat.dtype)
-        padded[: flat.size] = flat
-        received = np.empty_like(padded)
-        yield self._comm.Ialltoall(_bytes(padded), _bytes(received))
-        own = reduce_parts(list(received.reshape(self.size, part)), op)
-        yield self._comm.Iallgather(_bytes(own), _bytes(padded))
-        return padded[: flat.size]
+    def _reduced_in_two_steps(self, flat: Any, op: Reduction) -> Steps:
+        share = max(1, min(_SHARE_BYTES // flat.itemsize, -(-flat.size // self.size)))
+        received = np.empty(share * self.size, flat.dtype)
+        for at in range(0, flat.size, share * self.size):
+            part = flat[at : at + share * self.size]
+            each = -(-part.size // self.size)
+            whole = part if each * self.size == part.size else np.resize(part, each * self.size)
+            rows = received[: whole.size].reshape(self.size, each)
+            yield self._comm.Ialltoall(_bytes(whole), _bytes(rows))
+            yield self._comm.Iallgather(_bytes(_joined(rows, op)), _bytes(whole))
+            if whole is not part:
+                part[...] = whole[: part.size]
 
     def broadcast_(self, array: Array, source: int = 0) -> MpiWork:
-        held = as_numpy(array)
+        held = self._held(array)
 
         def steps() -> Steps:
-            flat = np.ascontiguousarray(held).reshape(-1)
+            flat = _flat(held)
             yield self._comm.Ibcast(_bytes(flat), source)
             _put_back(flat, held)
 
         return self._collective(f"broadcast_ from {source} {signature(held)}", steps())
 
     def all_gather(self, array: Array) -> list[Array]:
-        held = as_numpy(array)
-        parts = np.empty((self.size, *held.shape), held.dtype)
+        held = self._held(array)
+        parts = empty(held, (self.size, *held.shape))
 
         def steps() -> Steps:
-            yield self._comm.Iallgather(_bytes(np.ascontiguousarray(held)), _bytes(parts))
+            yield self._comm.Iallgather(_bytes(_flat(held)), _bytes(parts))
 
         self._collective(f"all_gather {signature(held)}", steps()).wait()
         return [like(array, part) for part in parts]
 
     def reduce_scatter(self, array: Array, op: Literal["sum", "mean"] = "sum") -> Array:
-        held = as_numpy(array)
+        held = self._held(array)
         check_reduction(held, op)
         if held.ndim == 0 or len(held) % self.size:
             raise ValueError(f"reduce_scatter over {self.size} ranks cannot cut the shape {tuple(array.shape)}.")
-        own = np.empty((len(held) // self.size, *held.shape[1:]), held.dtype)
+        own = empty(held, (len(held) // self.size, *held.shape[1:]))
 
         def steps() -> Steps:
-            whole = np.ascontiguousarray(held)
+            whole = _flat(held)
             if is_small_float(whole.dtype):
                 received = np.empty((self.size, *own.shape), own.dtype)
                 yield self._comm.Ialltoall(_bytes(whole), _bytes(received))
                 own[...] = reduce_parts(list(received), op)
                 return
-            yield self._comm.Ireduce_scatter_block(whole, own, _op(op))
+            yield self._comm.Ireduce_scatter_block(whole, _flat(own), _op(op))
             if op == "mean":
                 np.divide(own, self.size, out=own)
 
@@ -192,14 +201,14 @@ class MpiGroup:
             comm.Free()
 
     def send(self, array: Array, to: int) -> MpiWork:
-        held = as_numpy(array)
-        flat, line = _bytes(np.ascontiguousarray(held)), _line(signature(held))
+        held = self._held(array)
+        flat, line = _bytes(_flat(held)), _line(signature(held))
         requests = [self._lines.Isend(line, to, _LINE_TAG), self._comm.Isend(flat, to, _ARRAY_TAG)]
         return MpiWork(self, f"send {signature(held)} to {to}", iter(requests), keep=(line, flat))
 
     def recv_(self, array: Array, source: int) -> MpiWork:
-        held, line = as_numpy(array), np.zeros(_LINE, np.uint8)
-        flat = np.ascontiguousarray(held).reshape(-1)
+        held, line = self._held(array), np.zeros(_LINE, np.uint8)
+        flat = _flat(held)
         # Both now: what is sent later from the same source belongs to later calls.
         requests = [self._lines.Irecv(line, source, _LINE_TAG), self._comm.Irecv(_bytes(flat), source, _ARRAY_TAG)]
 
@@ -294,6 +303,7 @@ class MpiWork:
             while self._steps is not None:
                 if self._request is not None and not self._request.Test():
                     return False
+                self._group.num_steps += 1
                 self._request = next(self._steps, None)
                 if self._request is None:
                     self._steps = self._keep = None
@@ -318,26 +328,48 @@ class MpiWork:
         if self._group.broken is not None:
             raise PeerError(f"The group has broken up: {self._group.broken}")
         roll_call = self._group.roll_call
-        began, turns = time.monotonic(), 0
+        began = progressed = time.monotonic()
+        num_steps = self._group.num_steps
         with roll_call.waiting_in(self._what):
             while not self._is_done():
-                turns += 1
-                if turns < _TURNS:
+                now = time.monotonic()
+                if self._group.num_steps != num_steps:
+                    progressed, num_steps = now, self._group.num_steps
+                if now - progressed < _SPIN_SECONDS:
                     os.sched_yield()
                     continue
                 time.sleep(_NAP_SECONDS)
                 roll_call.answer()
-                if time.monotonic() - began > seconds:
-                    raise roll_call.call(self._what, time.monotonic() - began)
+                if now - began > seconds:
+                    raise roll_call.call(self._what, now - began)
 
 
 def _op(op: str) -> Any:
     return {"sum": mpi().SUM, "mean": mpi().SUM, "max": mpi().MAX, "min": mpi().MIN}[op]
 
 
+_UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
+
+
+def _joined(rows: Any, op: Reduction) -> Any:
+    """The sum (mean, largest, smallest) of the rows: in the first one, or rounded from float32."""
+    if is_small_float(rows.dtype):
+        return reduce_parts(list(rows), op)
+    joined = rows[0]
+    for row in rows[1:]:
+        _UFUNCS[op](joined, row, out=joined)
+    return np.divide(joined, len(rows), out=joined) if op == "mean" else joined
+
+
+def _flat(held: Any) -> Any:
+    """All numbers in a row: a view, or a copy of what does not lie in a row."""
+    flat = held.reshape(-1)
+    return flat if flat.flags.c_contiguous else flat.copy()
+
+
 def _put_back(flat: Any, held: Any) -> None:
-    """Into an array that was not contiguous, and travelled as a copy."""
-    if not np.shares_memory(flat, held):
+    """Into an array that did not lie in a row, and travelled as a copy."""
+    if not held.flags.c_contiguous:
         held[...] = flat.reshape(held.shape)
 
 

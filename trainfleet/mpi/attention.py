@@ -80,7 +80,7 @@ class SelfAttention(Plain):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         xp, p = namespace(x), self.parameters
         q, k, v = (self._heads(affine(x, p[f"{name}.weight"], p[f"{name}.bias"])) for name in _INPUTS)
-        scores_BHTT = q @ xp.matrix_transpose(k) / math.sqrt(q.shape[-1])
+        scores_BHTT = q @ xp.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])
         if self.causal:
             tokens = xp.arange(x.shape[-2])
             scores_BHTT = xp.where(tokens[:, None] >= tokens, scores_BHTT, -math.inf)
@@ -97,11 +97,11 @@ class SelfAttention(Plain):
         xp, p = namespace(dy), self.parameters
         gradients = {f"out.{kind}": value for kind, value in affine_gradients(joined, dy, True).items()}
         dheads = self._heads(dy @ p["out.weight"])
-        dweights = dheads @ xp.matrix_transpose(v)
+        dweights = dheads @ xp.swapaxes(v, -1, -2)
         # through softmax: each row of the derivative loses its mean under the weights
         dscores = weights_BHTT * (dweights - xp.sum(dweights * weights_BHTT, axis=-1, keepdims=True))
         dscores = dscores / math.sqrt(q.shape[-1])
-        inputs = (dscores @ k, xp.matrix_transpose(dscores) @ q, xp.matrix_transpose(weights_BHTT) @ dheads)
+        inputs = (dscores @ k, xp.swapaxes(dscores, -1, -2) @ q, xp.swapaxes(weights_BHTT, -1, -2) @ dheads)
         dx: Array = 0
         for name, dheads in zip(_INPUTS, inputs, strict=True):
             dflat = self._joined(dheads)
@@ -111,11 +111,11 @@ class SelfAttention(Plain):
 
     def _heads(self, flat: Array) -> Array:
         xp, (batch, tokens, width) = namespace(flat), flat.shape
-        return xp.permute_dims(xp.reshape(flat, (batch, tokens, self.num_heads, width // self.num_heads)), (0, 2, 1, 3))
+        return xp.transpose(xp.reshape(flat, (batch, tokens, self.num_heads, width // self.num_heads)), (0, 2, 1, 3))
 
     def _joined(self, heads: Array) -> Array:
         xp, (batch, count, tokens, width) = namespace(heads), heads.shape
-        return xp.reshape(xp.permute_dims(heads, (0, 2, 1, 3)), (batch, tokens, count * width))
+        return xp.reshape(xp.transpose(heads, (0, 2, 1, 3)), (batch, tokens, count * width))
 
 
 def transformer_block(

@@ -6,6 +6,8 @@ lie. A bucket leaves as soon as it is full, while the next one is filled (Li et 
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +16,8 @@ import numpy as np
 
 from trainfleet.codec import BFloat16, Codec
 from trainfleet.comm.group import Group, Links, Work
-from trainfleet.mpi.arrays import Array, like, to_numpy
+from trainfleet.errors import PeerError
+from trainfleet.mpi.arrays import Array, for_group, like, namespace, to_numpy
 
 _Member: TypeAlias = tuple[Any, Array, Any]  # name, gradient, and the same as a NumPy array
 T = TypeVar("T", Sequence[Any], Mapping[str, Any])
@@ -28,13 +31,15 @@ def average_gradients(grads: T, group: Group, codec: Codec | None = None, *, wei
 
     With `weight`, what this rank's gradients are summed over, it is the sum of gradients over the sum of weights.
     `grads` are used up: a large one becomes the mean itself. With a codec each rank's gradients are encoded before
-    they travel; those of casts are added up in float32 and rounded once. All ranks pass equal shapes and dtypes.
+    they travel; those of casts are added up in float32 and rounded once. All ranks pass equal names, shapes and dtypes
+    in one order: PeerError on all of them names the first that is not.
     """
     average = GradientAverage(group, codec)
     named: Mapping[Any, Array] = grads if isinstance(grads, Mapping) else dict(enumerate(grads))
+    refuse_unlike(list(named.items()), group)
     for name, gradient in named.items():
         average.add(name, gradient)
-    means = average.finish(weight)
+    means = average.land(weight)
     if isinstance(grads, Mapping):
         return {name: means[name] for name in grads}  # type: ignore[return-value]
     return [means[index] for index in range(len(grads))]  # type: ignore[return-value]
@@ -52,28 +57,42 @@ class GradientAverage:
 
     def add(self, name: Any, gradient: Array) -> None:
         """Take a gradient; all ranks add the same ones in the same order."""
-        held = gradient if type(gradient) is np.ndarray else to_numpy(gradient)
-        if held.nbytes >= self._bucket_bytes:
-            flat = np.ascontiguousarray(held) if held.flags.writeable else held.copy()
-            self._send([(name, gradient, held)], flat.reshape(-1))
+        held = gradient if type(gradient) is np.ndarray else self._travelling(gradient)
+        num_bytes = held.nbytes
+        if num_bytes >= self._bucket_bytes:
+            self._send([(name, gradient, held)], _in_a_row(held))
             return
-        bucket = self._filling.setdefault(held.dtype, _Bucket())
+        bucket = self._filling.get(held.dtype)
+        if bucket is None:
+            bucket = self._filling[held.dtype] = _Bucket()
         bucket.members.append((name, gradient, held))
-        bucket.num_bytes += held.nbytes
+        bucket.num_bytes += num_bytes
         if bucket.num_bytes >= self._bucket_bytes:
             self._send_bucket(held.dtype)
 
+    def _travelling(self, gradient: Array) -> Any:
+        return for_group(gradient, self._group) if self._codec is None else to_numpy(gradient)
+
     def _send_bucket(self, dtype: np.dtype[Any]) -> None:
         members = self._filling.pop(dtype).members
-        self._send(members, np.concatenate([held for _, _, held in members], axis=None))
+        xp = namespace(members[0][2])
+        self._send(members, xp.concatenate([held for _, _, held in members], axis=None))
 
     def _send(self, members: list[_Member], flat: Any) -> None:
         self._flights.append(_Flight(members, flat, self._group, self._codec))
 
     def finish(self, weight: float | None = None) -> dict[Any, Array]:
-        """Send what is still here, wait for all, and give the means by name; then it is as new."""
-        for dtype in list(self._filling):
-            self._send_bucket(dtype)
+        """Send what is still here, wait for all, and give the means by name; then it is as new.
+
+        PeerError where another rank added other gradients: it names the first one that is not alike.
+        """
+        self._send_rest()
+        refuse_unlike([(name, held) for flight in self._flights for name, _, held in flight.members], self._group)
+        return self.land(weight)
+
+    def land(self, weight: float | None = None) -> dict[Any, Array]:
+        """`finish` where the ranks are known to have added the same."""
+        self._send_rest()
         factor = 1.0
         if weight is not None:
             total = np.array([float(weight)])
@@ -83,11 +102,49 @@ class GradientAverage:
         for flight in self._flights:
             flat, at = flight.land(factor), 0
             for name, gradient, held in flight.members:
-                part = flat[at : at + held.size].reshape(held.shape)
+                end = at + held.size
+                part = flat[at:end] if held.ndim == 1 else flat[at:end].reshape(held.shape)
                 means[name] = part if held is gradient else like(gradient, part)
-                at += held.size
+                at = end
         self._flights = []
         return means
+
+    def _send_rest(self) -> None:
+        for dtype in list(self._filling):
+            self._send_bucket(dtype)
+
+
+def refuse_unlike(named: Sequence[tuple[Any, Array]], group: Group) -> None:
+    """PeerError on every rank where ranks have other names, shapes, dtypes or counts of arrays: it names the first."""
+    if group.size == 1:
+        return
+    shapes = hash(tuple([array.shape for _, array in named]))  # of whole numbers: alike in every process
+    names = "\n".join([f"{name} {array.dtype.char}" for name, array in named])
+    mark = np.array([shapes >> 32, shapes & 0xFFFFFFFF, zlib.crc32(names.encode())], np.int64)
+    least_and_most = np.concatenate([mark, -mark])
+    group.all_reduce_(least_and_most, "max").wait()
+    if (least_and_most[:3] == -least_and_most[3:]).all():
+        return
+    rows = group.exchange([[str(name), str(array.dtype), list(array.shape)] for name, array in named])
+    for rank, row in enumerate(rows):
+        for number, (mine, theirs) in enumerate(itertools.zip_longest(rows[0], row)):
+            if mine != theirs:
+                raise PeerError(
+                    f"Ranks bring unlike arrays: number {number} is {_described(mine)} on rank 0 of {group.size}, "
+                    f"{_described(theirs)} on rank {rank} ({len(rows[0])} and {len(row)} arrays in all).",
+                    hint="Build the same model on every rank, and give all ranks the same gradients in one order.",
+                )
+
+
+def _described(row: Any) -> str:
+    return "none" if row is None else f"{row[0]!r} {row[1]} {tuple(row[2])}"
+
+
+def _in_a_row(held: Any) -> Any:
+    """All numbers as one array that may be written: a view where that can be."""
+    flat = held.reshape(-1)
+    is_fine = flat.flags.c_contiguous and getattr(flat.flags, "writeable", True)
+    return flat if is_fine else flat.copy()
 
 
 @dataclass(slots=True)

@@ -156,7 +156,7 @@ class Embedding(Plain):
         table = self.parameters["weight"]
         xp = namespace(dy)
         chosen = xp.reshape(saved, (-1, 1)) == xp.arange(table.shape[0])  # a row for each token
-        gradient = xp.astype(chosen, dy.dtype).T @ xp.reshape(dy, (-1, dy.shape[-1]))
+        gradient = chosen.astype(dy.dtype).T @ xp.reshape(dy, (-1, dy.shape[-1]))
         return None, {"weight": gradient}
 
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
-from trainfleet.mpi.arrays import Array, all_sum, namespace
+from trainfleet.mpi.arrays import Array, all_sum, for_group, like, namespace
 from trainfleet.mpi.layers import Gradients, Layer, Linear, Plain, Saved, Sequential, affine, affine_gradients
 
 
@@ -63,7 +61,8 @@ class ColumnLinear(Plain):
     def forward(self, x: Array) -> tuple[Array, Saved]:
         y = affine(x, self.parameters["weight"], self.parameters.get("bias"))
         if self._gather_output:
-            y = np.concatenate(self._group.all_gather(np.ascontiguousarray(y)), axis=-1)
+            held = for_group(y, self._group)
+            y = like(y, namespace(held).concatenate(self._group.all_gather(held), axis=-1))
         return y, x
 
     def backward(self, saved: Saved, dy: Array) -> tuple[Array, Gradients]:
@@ -115,4 +114,4 @@ class VocabularyEmbedding(Plain):
         local = saved
         table, xp = self.parameters["weight"], namespace(dy)
         chosen = xp.reshape(local, (-1, 1)) == xp.arange(table.shape[0])
-        return None, {"weight": xp.astype(chosen, dy.dtype).T @ xp.reshape(dy, (-1, dy.shape[-1]))}
+        return None, {"weight": chosen.astype(dy.dtype).T @ xp.reshape(dy, (-1, dy.shape[-1]))}

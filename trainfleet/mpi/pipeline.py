@@ -16,7 +16,7 @@ import numpy as np
 from trainfleet.comm.group import Group, Links, Work
 from trainfleet.errors import PlanError
 from trainfleet.loss import LossSum
-from trainfleet.mpi.arrays import Array, like, to_numpy
+from trainfleet.mpi.arrays import Array, for_group, like
 from trainfleet.mpi.layers import Gradients, Sequential
 
 LossFunction: TypeAlias = Callable[[Array, Any], tuple[LossSum, Array]]
@@ -106,7 +106,8 @@ _DTYPES = ("float32", "float64", "float16", "int64", "int32", "bfloat16")
 def send(group: Group, array: Array, to: int) -> list[Work]:
     """An array of any shape: first dtype and shape, then the numbers."""
     assert isinstance(group, Links)
-    held = np.ascontiguousarray(to_numpy(array))
+    held = for_group(array, group)
+    held = held if held.flags.c_contiguous else held.copy()
     head = np.zeros(_LONGEST + 2, np.int64)
     head[:2] = _DTYPES.index(str(held.dtype)), held.ndim
     head[2 : 2 + held.ndim] = held.shape

@@ -92,4 +92,4 @@ class OptimizerState:
         zero.optimizer.learning_rate = float(state["learning_rate"])
         for name, memory in zero.memory.items():
             for key, held in memory.items():
-                memory[key] = np.array(to_numpy(state["memory"][name][key].local)).reshape(held.shape)
+                memory[key] = like(held, np.array(to_numpy(state["memory"][name][key].local)).reshape(held.shape))

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import numpy as np
 
 from trainfleet.codec import Codec
+from trainfleet.comm.gpu_memory import empty
 from trainfleet.errors import DataError
 from trainfleet.events import Observer, Observers, StepEnded
 from trainfleet.loss import LossSum
+from trainfleet.mpi.arrays import like
 from trainfleet.mpi.layers import Sequential
 from trainfleet.mpi.mesh import Mesh
 from trainfleet.mpi.optimizers import Optimizer
@@ -54,6 +56,8 @@ class Trainer:
         self._schedule: Literal["gpipe", "1f1b"] = schedule
         self._observers = Observers(observers)
         self._timers = timers
+        self._kind = empty(next(iter(model.parameters.values()), np.empty(0)), (0,))
+        """Of the library by which the model computes."""
         self.spread = parallelize(model, optimizer, mesh, codec=codec)
 
     def fit(self, steps: int) -> list[float]:
@@ -101,8 +105,12 @@ class Trainer:
         return {"model": ModelState(self.spread), "optimizer": OptimizerState(self.spread)}
 
     def _next_micro_batches(self) -> list[tuple[Any, Any]]:
-        batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise DataError(f"The batches ended after step {self.step}. Give more of them, or ask for fewer steps.")
         inputs, targets = (batch["input"], batch["target"]) if isinstance(batch, Mapping) else batch
+        if type(self._kind) is not np.ndarray:
+            inputs, targets = like(self._kind, inputs), like(self._kind, targets)
         if len(inputs) < self._micro_batches:
             raise DataError(f"A batch of {len(inputs)} cannot be cut into {self._micro_batches} micro-batches.")
         bounds = [len(inputs) * part // self._micro_batches for part in range(self._micro_batches + 1)]

@@ -13,7 +13,7 @@ byte of parameter, N ranks:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +21,15 @@ import numpy as np
 from trainfleet.codec import Codec
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
-from trainfleet.mpi.arrays import Array
-from trainfleet.mpi.average import average_gradients
+from trainfleet.mpi.arrays import Array, for_group, like, namespace
+from trainfleet.mpi.average import average_gradients, refuse_unlike
 from trainfleet.mpi.layers import Cuts, Gradients, Layer, Saved
 from trainfleet.mpi.optimizers import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes that this rank holds now."""
+    """Bytes that a rank holds now."""
 
     parameters: int
     gradients: int
@@ -72,14 +72,20 @@ class Zero:
         self._parameters: MutableMapping[str, Array] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._gradients: dict[str, Array] = {}
+        self._agreed: set[tuple[str, ...]] = set()  # which gradients ranks were seen to scatter together
 
     def register(self, parameters: MutableMapping[str, Array]) -> None:
-        """Take over NumPy parameters: the mapping's arrays are replaced in `step`, in stage 3 by bands at once."""
+        """Take over parameters: the mapping's arrays are replaced in `step`, in stage 3 by bands at once.
+
+        PeerError where the ranks do not register the same names, shapes and dtypes.
+        """
+        refuse_unlike(list(parameters.items()), self._group)
         self._parameters = parameters
         for name in list(parameters):
             self._shapes[name] = tuple(parameters[name].shape)
             band = self.band_of(name, parameters[name])
-            self.memory[name] = {key: np.zeros_like(band) for key in self.optimizer.memories}
+            xp = namespace(band)
+            self.memory[name] = {key: xp.zeros_like(band) for key in self.optimizer.memories}
             if self.stage == 3:
                 parameters[name] = band.copy()
 
@@ -97,9 +103,12 @@ class Zero:
 
     def reduce_gradients(self, gradients: Mapping[str, Array]) -> None:
         """Add gradients to those that wait for `step`; in stages 2 and 3 only this rank's bands are kept."""
-        for name in gradients:
+        for name, gradient in gradients.items():
             if name not in self._shapes:
                 raise KeyError(f"There is a gradient of {name!r}, which was not registered.")
+            if tuple(gradient.shape) != self._shapes[name]:
+                shapes = f"{tuple(gradient.shape)}, its parameter {self._shapes[name]}"
+                raise ValueError(f"The gradient of {name!r} has the shape {shapes}.")
         own = self._scattered(gradients) if self.stage >= 2 else gradients
         for name, gradient in own.items():
             held = self._gradients.get(name)
@@ -140,34 +149,45 @@ class Zero:
             optimizer_state=_bytes(states),
         )
 
+    def memory_of_ranks(self) -> list[Memory]:
+        """`memory_held` of every rank of the group, by rank; all of them call it."""
+        return [Memory(**held) for held in self._group.exchange(asdict(self.memory_held()))]
+
     def _scattered(self, gradients: Mapping[str, Array]) -> dict[str, Array]:
         """The mean over ranks of this rank's bands: one message for all gradients of a dtype."""
         bands: dict[str, Array] = {}
+        together = tuple(sorted(gradients))
+        if together not in self._agreed:
+            refuse_unlike([(name, gradients[name]) for name in together], self._group)
+            self._agreed.add(together)
         for names in self._by_dtype(gradients):
-            rows = np.concatenate([self._padded(name, gradients[name]) for name in names], axis=1)
+            held = {name: for_group(gradients[name], self._group) for name in names}
+            rows = namespace(held[names[0]]).concatenate([self._padded(name, held[name]) for name in names], axis=1)
             (row,) = self._group.reduce_scatter(rows, "mean")
             at = 0
             for name in names:
                 first, end = self.rows(name)
                 width, size = self._width(name), self._width(name) // max(1, self._height(name))
-                band = row[at : at + (end - first) * size]
-                bands[name] = band.reshape((end - first, *self._shapes[name][1:])).copy()
+                band = row[at : at + (end - first) * size].reshape((end - first, *self._shapes[name][1:]))
+                bands[name] = like(gradients[name], band.copy())
                 at += width
         return bands
 
     def _gathered(self, bands: Mapping[str, Array]) -> dict[str, Array]:
         whole: dict[str, Array] = {}
         for names in self._by_dtype(bands):
-            own = np.zeros(sum(self._width(name) for name in names), bands[names[0]].dtype)
+            held = {name: for_group(bands[name], self._group) for name in names}
+            xp = namespace(held[names[0]])
+            own = xp.zeros(sum(self._width(name) for name in names), dtype=held[names[0]].dtype)
             at = 0
             for name in names:
-                own[at : at + bands[name].size] = bands[name].reshape(-1)
+                own[at : at + held[name].size] = held[name].reshape(-1)
                 at += self._width(name)
-            rows, at = np.stack(self._group.all_gather(own)), 0
+            rows, at = xp.stack(self._group.all_gather(own)), 0
             for name in names:
                 columns = rows[:, at : at + self._width(name)].reshape(-1)
                 size = int(np.prod(self._shapes[name], dtype=np.int64))
-                whole[name] = columns[:size].reshape(self._shapes[name]).copy()
+                whole[name] = like(bands[name], columns[:size].reshape(self._shapes[name]).copy())
                 at += self._width(name)
         return whole
 
@@ -180,7 +200,7 @@ class Zero:
 
     def _padded(self, name: str, whole: Array) -> Any:
         """One row for each rank: its band, and zeros where it is short."""
-        rows = np.zeros(self._group.size * self._width(name), whole.dtype)
+        rows = namespace(whole).zeros(self._group.size * self._width(name), dtype=whole.dtype)
         rows[: whole.size] = whole.reshape(-1)
         return rows.reshape(self._group.size, -1)
 
