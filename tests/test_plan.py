@@ -67,6 +67,8 @@ def test_tensor_and_pipeline_degrees_leave_the_rest_to_data():
         ({"dp_shard": 2}, "plan.zero is 0, which shards nothing"),
         ({"offload": "parameters", "zero": 2}, "Set zero to 3"),
         ({"offload": "optimizer"}, "set zero to 1, 2 or 3"),
+        ({"recompute": "blocks", "recompute_every": 0}, "plan.recompute_every is 0"),
+        ({"recompute": "blocks", "recompute_keep": ("mm",)}, "Set recompute to 'selective'"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_when_made(settings, said):
@@ -91,3 +93,4 @@ def test_a_plan_in_one_line_says_what_is_not_usual():
     assert str(Plan()) == "zero=0 fp32"
     plan = Plan(zero=3, precision="bf16", recompute="blocks", offload="parameters", compile=True).for_world(4)
     assert str(plan) == "zero=3 dp_replicate=1 dp_shard=4 bf16 recompute=blocks offload=parameters compile"
+    assert str(Plan(recompute="selective", recompute_every=2)) == "zero=0 fp32 recompute=selective/2"

@@ -64,8 +64,14 @@ class Plan:
     """Loss scaling of fp16."""
     float32_modules: tuple[str, ...] = ()
     """Names or class names of further modules that compute in float32 under bf16 and fp16."""
-    recompute: Literal["none", "blocks"] = "none"
-    """`blocks`: keep only the inputs of each block in forward and compute it again in backward."""
+    recompute: Literal["none", "blocks", "selective"] = "none"
+    """`blocks`: keep only the inputs of each block in forward and compute it again in backward. `selective`: keep what
+    is dear to compute too, and compute the rest again."""
+    recompute_keep: tuple[str, ...] = ()
+    """Operators of torch whose results `selective` keeps, such as `addmm`. Empty: matrix products, convolutions and
+    attention."""
+    recompute_every: int = 1
+    """Recompute each so many-th block only: 2 is every other one, for half of the memory at half of the time."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lives in CPU memory between uses: the optimizer state, or the parameters (with zero = 3) and it."""
     blocks: tuple[str, ...] = ()
@@ -87,6 +93,13 @@ class Plan:
             raise PlanError(
                 f"plan.zero is 0, which shards nothing, but plan.dp_shard is {self.dp_shard}. "
                 "Set zero to 1, 2 or 3, or leave dp_shard out."
+            )
+        if self.recompute_every < 1:
+            raise PlanError(f"plan.recompute_every is {self.recompute_every}; use 1 for every block, or more.")
+        if self.recompute_keep and self.recompute != "selective":
+            raise PlanError(
+                f"plan.recompute_keep is given with plan.recompute = {self.recompute!r}, which keeps nothing. "
+                "Set recompute to 'selective'."
             )
         if self.offload == "parameters" and self.zero != 3:
             raise PlanError(
@@ -126,7 +139,8 @@ class Plan:
         parts += [f"{name}={value}" for name in ("dp_replicate", "dp_shard") if (value := getattr(self, name))]
         parts += [f"{name}={value}" for name in ("tp", "pp") if (value := getattr(self, name)) > 1]
         parts.append(self.precision)
-        parts += [f"recompute={self.recompute}"] * (self.recompute != "none")
+        every = f"/{self.recompute_every}" * (self.recompute_every > 1)
+        parts += [f"recompute={self.recompute}{every}"] * (self.recompute != "none")
         parts += [f"offload={self.offload}"] * (self.offload != "none")
         parts += ["compile"] * self.compile
         return " ".join(parts)

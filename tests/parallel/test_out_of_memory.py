@@ -104,6 +104,11 @@ def test_only_remedies_that_are_left_are_given(ranks: RankPools) -> None:
     assert hint == "In this order: a smaller batch.micro_batch with more batch.accumulation; plan.offload=parameters."
 
 
+def test_blocks_that_are_left_alone_are_a_remedy(ranks: RankPools) -> None:
+    hint = ranks(1, starve, Plan(zero=3, recompute="blocks", recompute_every=2, offload="optimizer"))[0]["forward"][1]
+    assert "plan.recompute_every=1; plan.offload=parameters." in hint
+
+
 def other_errors() -> None:
     with Mesh.from_env(Plan()) as mesh:
         model = parallelize(nn.Linear(2, 2), mesh, Plan())

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from rank_pool import RankPools
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.parallel.blocks import find_blocks
-from trainfleet.parallel.recompute import recompute
+from trainfleet.parallel.recompute import PRODUCTS, recompute
 from trainfleet.plan import Plan
 
 
@@ -43,11 +46,11 @@ class Model(nn.Module):
         return x
 
 
-def model_of(*, recomputing: bool) -> Model:
+def model_of(*, recomputing: bool, keep: Sequence[str] = ()) -> Model:
     torch.manual_seed(0)
     model = Model()
     if recomputing:
-        recompute(find_blocks(model))
+        recompute(find_blocks(model), keep)
     return model
 
 
@@ -81,6 +84,50 @@ def test_activations_of_a_block_are_forgotten() -> None:
     kept, forgotten = (saved_bytes(functools.partial(model_of(recomputing=r), x)) for r in (False, True))
     # Each block keeps its input, and a scalar gain, of what was four widths and more.
     assert forgotten < kept / 5 and forgotten < 4 * (x.nbytes + 4096)
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator of torch ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", [PRODUCTS, ("relu",)], ids=["products", "relu"])
+def test_what_is_kept_is_not_computed_again_and_all_else_is(keep: Sequence[str]) -> None:
+    found, counts = [], []
+    for kept in ((), keep):
+        model = model_of(recomputing=True, keep=kept)
+        torch.manual_seed(1)
+        loss = model(torch.randn(6, 8)).square().sum()
+        with Calls() as calls:
+            loss.backward()
+        counts.append(calls.counts)
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(map(torch.equal, *found))
+    everything, selective = counts
+    kept_ones = ("addmm",) if keep is PRODUCTS else keep
+    assert all(everything[name] >= 4 and selective[name] == 0 for name in kept_ones)
+    again = {"addmm", "relu", "native_batch_norm", "bernoulli_"} - set(kept_ones)
+    assert {name: everything[name] for name in again} == {name: selective[name] for name in again}
+
+
+def test_every_other_block_can_be_recomputed() -> None:
+    with Mesh.from_env(Plan()) as mesh:
+        plan = Plan(recompute="blocks", recompute_every=2)
+        model = parallelize(model_of(recomputing=False), mesh, plan)
+        model(torch.randn(6, 8)).sum().backward()
+        assert isinstance(model, Model) and [block.calls for block in model.blocks] == [2, 1, 2, 1]
+
+
+def test_an_operator_that_torch_does_not_have_is_refused() -> None:
+    with pytest.raises(PlanError, match="names 'adddmm', but torch has no such operator"):
+        recompute([nn.Linear(2, 2)], ["adddmm"])
 
 
 def test_without_gradients_nothing_is_recomputed() -> None:
@@ -118,8 +165,9 @@ def test_under_sharding_and_low_precision_too(ranks: RankPools) -> None:
             plain, again = (
                 ranks(2, spread, Plan(zero=zero, precision=precision, recompute=how)) for how in ("none", "blocks")
             )
-            for a, b in zip(plain, again):
-                assert all(map(torch.equal, a, b))
+            selective = ranks(2, spread, Plan(zero=zero, precision=precision, recompute="selective"))
+            for a, b, c in zip(plain, again, selective):
+                assert all(map(torch.equal, a, b)) and all(map(torch.equal, a, c))
 
 
 def without_blocks() -> None:

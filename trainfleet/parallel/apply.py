@@ -17,7 +17,7 @@ from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
-from trainfleet.parallel.recompute import recompute, refuse_no_blocks
+from trainfleet.parallel.recompute import PRODUCTS, recompute, refuse_no_blocks
 from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard, units_of
@@ -49,8 +49,9 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     if plan.zero == 3 and plan.precision != "fp32" and plan.recompute == "none" and not plan.compile:
         recast(model, device_type)
     cast_compute(model, plan, device_type)
-    if plan.recompute == "blocks":
-        recompute(blocks)
+    if plan.recompute != "none":
+        keep = (plan.recompute_keep or PRODUCTS) if plan.recompute == "selective" else ()
+        recompute(blocks[:: plan.recompute_every], keep)
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
@@ -131,7 +132,7 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         if not callable(getattr(model, entry, None)):
             raise PlanError(f"plan.entry_points names {entry!r}, but {name} has no such method.")
     refuse_narrow_parameters(model)
-    if plan.recompute == "blocks":
+    if plan.recompute != "none":
         refuse_no_blocks(model, blocks)
     if plan.zero or mesh.world_size > 1:
         refuse_sparse_gradients(model)

@@ -66,8 +66,10 @@ def _bytes(tensor: Tensor, on: str) -> int:
 
 def _remedies(plan: Plan) -> list[str]:
     remedies = ["a smaller batch.micro_batch with more batch.accumulation"]
-    if plan.recompute == "none":
+    if plan.recompute != "blocks":
         remedies.append("plan.recompute=blocks")
+    elif plan.recompute_every > 1:
+        remedies.append("plan.recompute_every=1")
     if plan.zero < 3:
         remedies.append(f"plan.zero={plan.zero + 1}")
     if plan.offload == "none":

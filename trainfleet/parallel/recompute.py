@@ -1,4 +1,8 @@
-"""Recompute: keep a block's inputs, and compute the rest again in backward (Chen et al., arXiv:1604.06174)."""
+"""Recompute: keep a block's inputs, and compute the rest again in backward (Chen et al., arXiv:1604.06174).
+
+`selective` also keeps what is dear to compute and small to hold: products and attention (Korthikanti et al.,
+arXiv:2205.05198). Then only what is cheap is computed again: norms, activations, dropout, additions.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,64 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from trainfleet.errors import PlanError
+from trainfleet.parallel.torch_private import outside_modes
+
+PRODUCTS = (
+    *("mm", "addmm", "bmm", "baddbmm", "convolution"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+)
+"""What `selective` keeps unless the plan names others; operators of torch by name."""
 
 
-def recompute(blocks: Sequence[nn.Module]) -> None:
-    """Let each of `blocks` forget its activations. Random numbers are drawn again as they were.
+def recompute(blocks: Sequence[nn.Module], keep: Sequence[str] = ()) -> None:
+    """Let each of `blocks` forget its activations, but for the results of the operators `keep`, such as PRODUCTS.
 
-    Batch normalisation would count its batch twice, so it does not update its statistics the second time.
+    Random numbers are drawn again as they were. Batch normalisation would count its batch twice, so it does not update
+    its statistics the second time. PlanError for an operator that torch does not have.
     """
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy(keep)) if keep else noop_context_fn
     for block in blocks:
-        block.forward = _forgetful(block, block.forward)  # type: ignore[method-assign]
+        block.forward = _forgetful(block, block.forward, contexts)  # type: ignore[method-assign]
+
+
+def _policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
+    kept = set()
+    for name in keep:
+        namespace, _, short = name.rpartition("::")
+        try:
+            kept.add(getattr(getattr(torch.ops, namespace or "aten"), short))
+        except AttributeError as exc:
+            raise PlanError(
+                f"plan.recompute_keep names {name!r}, but torch has no such operator. Name one as torch's profiler "
+                "does, such as 'addmm' or 'mine::my_kernel'."
+            ) from exc
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_kept = getattr(operator, "overloadpacket", None) in kept
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
 
 
 def refuse_no_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """PlanError where there is nothing to recompute."""
     if not blocks:
         raise PlanError(
-            f"plan.recompute is 'blocks', but {type(model).__name__} has no repeated modules. "
+            f"plan.recompute asks for blocks, but {type(model).__name__} has no repeated modules. "
             "Name them in plan.blocks, or set recompute to 'none'."
         )
 
 
-def _forgetful(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _forgetful(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
     counters = [module for module in block.modules() if getattr(module, "track_running_stats", False)]
 
     @functools.wraps(forward)
@@ -47,7 +85,7 @@ def _forgetful(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
                 return forward(*args, **kwargs)
             return _without_counting(counters, forward, args, kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return forgetful
 
@@ -56,10 +94,12 @@ def _without_counting(
     counters: list[nn.Module], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     buffers = [buffer for module in counters for buffer in module.buffers(recurse=False)]
-    kept = [buffer.clone() for buffer in buffers]
+    with outside_modes():  # what looks for kept results would look for these too
+        kept = [buffer.clone() for buffer in buffers]
     try:
         return forward(*args, **kwargs)
     finally:
         # Also where the recomputation is cut short because all that was wanted has been computed.
-        for buffer, value in zip(buffers, kept):
-            buffer.copy_(value)
+        with outside_modes():
+            for buffer, value in zip(buffers, kept):
+                buffer.copy_(value)
