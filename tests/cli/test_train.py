@@ -152,6 +152,16 @@ def test_a_rank_of_another_launcher_trains_and_starts_nobody(calls, monkeypatch,
     assert "rank 1 of 2" in capsys.readouterr().err
 
 
+def test_a_process_with_the_number_of_its_host_is_that_hosts_launcher(calls, monkeypatch):
+    """One task a node of srun: it is told so, or it would take itself for a rank."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert train("--nproc", "2", "--nnodes", "2", "--node-rank", "1", "--rendezvous", "127.0.0.1:4000") == 0
+    started = calls[-1][1]
+    assert (started["nproc"], started["nnodes"], started["node_rank"]) == (2, 2, 1)
+
+
 def test_an_unknown_key_ends_before_anything_is_loaded(calls):
     assert train("plan.zerro=1") == 2
     assert calls == []

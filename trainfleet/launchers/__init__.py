@@ -1,0 +1,1 @@
+"""How a run gets onto machines: by SLURM, Kubernetes, Ray or ssh. Each starts `trainfleet train` once a host."""
