@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from trainfleet.checkpoint import Checkpointer, Retention
 from trainfleet.cli.main import main
 from trainfleet.comm.threads import run_ranks
+from trainfleet.plan import Plan
 from trainfleet.state import ShardedArray
 from trainfleet.store import FileStore
 
@@ -28,7 +30,7 @@ def run(tmp_path):
             for step in (10, 20):
                 local = WEIGHT[3 * group.rank : 3 * group.rank + 3] + step
                 piece = ShardedArray(name="w", global_shape=(6, 2), offsets=(3 * group.rank, 0), local=local)
-                metadata = {"recipe": {"plan": {"zero": 3, "precision": "bf16"}}}
+                metadata = {"recipe": {"plan": asdict(Plan(zero=3, precision="bf16"))}}
                 model = Held(**{"layer.w": piece, "layer.b": np.zeros(3, np.float32)})
                 checkpointer.save(step, metadata=metadata, metrics={"loss": 1 / step}, model=model).wait()
 

@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from trainfleet.errors import CheckpointError, ConfigError, DamageFound
+from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
     from trainfleet.checkpoint.catalog import Entry
@@ -280,13 +281,14 @@ def _when(entry: Entry) -> str:
 
 
 def _plan(entry: Entry) -> str:
-    """The words and numbers of the plan."""
+    """What of the plan is not usual, and always its stage and precision."""
     recipe = (entry.metadata or {}).get("recipe")
     plan = recipe.get("plan") if isinstance(recipe, Mapping) else None
     if not isinstance(plan, Mapping):
         return ""
-    words = {key: value for key, value in plan.items() if isinstance(value, str | int) and not isinstance(value, bool)}
-    return " ".join(f"{key}={value}" for key, value in words.items() if value != "none")
+    usual = {each.name: each.default for each in fields(Plan) if each.name not in ("zero", "precision")}
+    words = {key: value for key, value in plan.items() if isinstance(value, str | int)}
+    return " ".join(f"{key}={value}" for key, value in words.items() if value != usual.get(key))
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
