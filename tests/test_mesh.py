@@ -18,6 +18,19 @@ def test_it_is_imported_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_every_mesh_has_its_axes_alike():
+    from types import SimpleNamespace
+
+    from trainfleet.mesh import Axes
+
+    groups = {name: SimpleNamespace(size=size) for name, size in (("a", 2), ("b", 3))}
+    axes = Axes({"a": 2, "b": 3}, groups, rank=4, world_size=6, data_axes=groups["a"])
+    assert axes["b"] is groups["b"] and axes.plan_axes == {"a": 2, "b": 3} and not axes.is_main
+    assert repr(axes) == "Mesh(a=2 x b=3, rank 4 of 6)"
+    with pytest.raises(KeyError, match="no axis 'c'; it has a, b"):
+        axes["c"]
+
+
 def axes_of(plan):
     from trainfleet.mesh import Mesh
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,40 @@ _made: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
 _made_over: ProcessGroup | None = None
 
 
-class Mesh:
+class Axes:
+    """Ranks on named axes, one Group per axis: what every mesh is, whatever its ranks hold.
+
+    `axes` are the degrees by name, in order; `groups` those of ranks that share this rank's place on every other axis;
+    `data_axes` that of all ranks which see different data.
+    """
+
+    def __init__(
+        self, axes: Mapping[str, int], groups: Mapping[str, Group], *, rank: int, world_size: int, data_axes: Group
+    ) -> None:
+        self.plan_axes = dict(axes)
+        """Degree of each axis by name, in order."""
+        self.rank = rank
+        self.world_size = world_size
+        self.data_axes = data_axes
+        """The Group of all ranks that see different data: gradients are averaged over it."""
+        self._groups = dict(groups)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    def __getitem__(self, axis: str) -> Group:
+        if axis not in self._groups:
+            raise KeyError(f"The mesh has no axis {axis!r}; it has {', '.join(self._groups)}.")
+        return self._groups[axis]
+
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{name}={degree}" for name, degree in self.plan_axes.items())
+        return f"Mesh({axes}, rank {self.rank} of {self.world_size})"
+
+
+class Mesh(Axes):
     """The ranks of a run, laid out row by row over the axes: the last axis varies fastest.
 
     `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis,
@@ -39,17 +73,12 @@ class Mesh:
         data_axes: Group,
         owns_process_group: bool,
     ) -> None:
-        self.plan_axes = axes
-        """Degree of each axis by name, in order."""
-        self.rank = rank
+        super().__init__(axes, groups, rank=rank, world_size=data_axes.size, data_axes=data_axes)
         self.local_rank = local_rank
         self.device = device
         """`cpu`, or `cuda:0` and so on: the GPU of this rank."""
         self.torch = torch
         """The DeviceMesh, with all axes, also those of degree 1."""
-        self.data_axes = data_axes
-        """The Group of all ranks that see different data."""
-        self._groups = groups
         self._owns_process_group = owns_process_group
 
     @classmethod
@@ -87,23 +116,8 @@ class Mesh:
             owns_process_group=owns,
         )
 
-    @property
-    def world_size(self) -> int:
-        return self.data_axes.size
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
-        return self.rank == 0
-
-    def __getitem__(self, axis: str) -> Group:
-        if axis not in self._groups:
-            raise KeyError(f"The mesh has no axis {axis!r}; it has {', '.join(self._groups)}.")
-        return self._groups[axis]
-
     def __repr__(self) -> str:
-        axes = " x ".join(f"{name}={degree}" for name, degree in self.plan_axes.items())
-        return f"Mesh({axes}, rank {self.rank} of {self.world_size} on {self.device})"
+        return f"{super().__repr__()[:-1]} on {self.device})"
 
     def close(self) -> None:
         """End the process group if this mesh made it. May be called twice."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -37,8 +37,7 @@ def average_gradients(grads: T, group: Group, codec: Codec | None = None, *, wei
     average = GradientAverage(group, codec)
     named: Mapping[Any, Array] = grads if isinstance(grads, Mapping) else dict(enumerate(grads))
     refuse_unlike(list(named.items()), group)
-    for name, gradient in named.items():
-        average.add(name, gradient)
+    average.add_all(named.items())
     means = average.land(weight)
     if isinstance(grads, Mapping):
         return {name: means[name] for name in grads}  # type: ignore[return-value]
@@ -57,18 +56,26 @@ class GradientAverage:
 
     def add(self, name: Any, gradient: Array) -> None:
         """Take a gradient; all ranks add the same ones in the same order."""
-        held = gradient if type(gradient) is np.ndarray else self._travelling(gradient)
-        num_bytes = held.nbytes
-        if num_bytes >= self._bucket_bytes:
-            self._send([(name, gradient, held)], _in_a_row(held))
-            return
-        bucket = self._filling.get(held.dtype)
-        if bucket is None:
-            bucket = self._filling[held.dtype] = _Bucket()
-        bucket.members.append((name, gradient, held))
-        bucket.num_bytes += num_bytes
-        if bucket.num_bytes >= self._bucket_bytes:
-            self._send_bucket(held.dtype)
+        self.add_all([(name, gradient)])
+
+    def add_all(self, named: Iterable[tuple[Any, Array]]) -> None:
+        """`add` of each, in one loop: of thousands of small gradients, a call each would be half of the time."""
+        dtype: Any = None
+        bucket = _Bucket()
+        for name, gradient in named:
+            held = gradient if type(gradient) is np.ndarray else self._travelling(gradient)
+            num_bytes = held.nbytes
+            if num_bytes >= self._bucket_bytes:
+                self._send([(name, gradient, held)], _in_a_row(held))
+                continue
+            if held.dtype is not dtype:
+                dtype = held.dtype
+                bucket = self._filling.setdefault(dtype, _Bucket())
+            bucket.members.append((name, gradient, held))
+            bucket.num_bytes += num_bytes
+            if bucket.num_bytes >= self._bucket_bytes:
+                self._send_bucket(dtype)
+                dtype = None
 
     def _travelling(self, gradient: Array) -> Any:
         return for_group(gradient, self._group) if self._codec is None else to_numpy(gradient)
@@ -118,12 +125,14 @@ def refuse_unlike(named: Sequence[tuple[Any, Array]], group: Group) -> None:
     """PeerError on every rank where ranks have other names, shapes, dtypes or counts of arrays: it names the first."""
     if group.size == 1:
         return
-    shapes = hash(tuple([array.shape for _, array in named]))  # of whole numbers: alike in every process
-    names = "\n".join([f"{name} {array.dtype.char}" for name, array in named])
-    mark = np.array([shapes >> 32, shapes & 0xFFFFFFFF, zlib.crc32(names.encode())], np.int64)
-    least_and_most = np.concatenate([mark, -mark])
-    group.all_reduce_(least_and_most, "max").wait()
-    if (least_and_most[:3] == -least_and_most[3:]).all():
+    kinds = hash(
+        tuple([(array.shape, array.dtype.num) for _, array in named])
+    )  # of whole numbers, as hash is not of str
+    names = zlib.crc32("\n".join([str(name) for name, _ in named]).encode())
+    mark = np.array([kinds >> 32, kinds & 0xFFFFFFFF, names])
+    most = np.concatenate([mark, -mark])
+    group.all_reduce_(most, "max").wait()
+    if (most[:3] == mark).all() and (most[3:] == -mark).all():
         return
     rows = group.exchange([[str(name), str(array.dtype), list(array.shape)] for name, array in named])
     for rank, row in enumerate(rows):
