@@ -6,6 +6,7 @@ import json
 from datetime import timedelta
 
 import numpy as np
+from held import Held
 
 from trainfleet.checkpoint import Retention
 from trainfleet.checkpoint.catalog import examine
@@ -17,18 +18,15 @@ from trainfleet.state import PerRank
 from trainfleet.store import MemoryStore
 
 
-class Held:
-    def state_dict(self):
-        return {"w": np.arange(6.0).reshape(2, 3), "own": PerRank(np.arange(3)), "x": {"deep": [1, "two", None]}}
-
-    def load_state_dict(self, state): ...
+def held():
+    return Held(w=np.arange(6.0).reshape(2, 3), own=PerRank(np.arange(3)), x={"deep": [1, "two", None]})
 
 
 def order(memory):
     return Order(
         attempt=Attempt(step=4, run="0123456789ab", number=2, world_size=1),
         rank=0,
-        staged=stage({"m": Held()}, memory, rank=0),
+        staged=stage({"m": held()}, memory, rank=0),
         metadata={"a": 1},
         metrics={"loss": 0.5},
         retention=Retention(last=2, best=1, mode="max"),
@@ -58,3 +56,13 @@ def test_both_write_the_same_bytes():
     assert here.names() == there.names() and examine(here, 4).state == "whole"
     shards = [name for name in here.names() if "manifest" not in name]
     assert shards and all(here.get(name) == there.get(name) for name in shards)
+
+
+def test_pieces_that_have_not_changed_need_not_be_sent_again():
+    memory = StagingMemory(shared=False)
+    first, second = order(memory), order(memory)
+    assert first.staged.layout == second.staged.layout
+    bytes_ = memory.reserve(memory.num_bytes)
+    told = Order.from_json(json.loads(json.dumps(first.to_json())), bytes_)
+    got = Order.from_json(json.loads(json.dumps(second.to_json(pieces=False))), bytes_, told)
+    assert [p.path for p in got.staged.pieces] == [p.path for p in second.staged.pieces] != []

@@ -64,3 +64,30 @@ def test_the_memory_is_taken_once():
 def test_keys_that_look_alike_are_refused():
     with pytest.raises(CheckpointError, match="m/d/1"):
         staged(0, d={1: np.zeros(1), "1": np.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"v": np.arange(6.0)},
+        {"w": np.arange(6)},
+        {"w": np.arange(6.0).reshape(2, 3)},
+        {"w": PerRank(np.arange(6.0))},
+        {"w": ShardedArray(name="w", global_shape=(9,), offsets=(1,), local=np.arange(6.0))},
+    ],
+)
+def test_pieces_are_used_again_only_for_arrays_of_the_same_name_dtype_shape_and_place(other):
+    memory = StagingMemory(shared=False)
+    first = stage({"m": Held(w=np.arange(6.0))}, memory, rank=0)
+    second = stage({"m": Held(w=np.arange(6.0) + 1)}, memory, rank=0)
+    assert second.pieces is first.pieces and second.layout == first.layout
+    assert (second.pieces[0].data.view(np.float64) == np.arange(6.0) + 1).all()
+    third = stage({"m": Held(**other)}, memory, rank=0)
+    (found,), (former,) = third.pieces, first.pieces
+    assert third.layout != first.layout
+    assert (found.path, found.dtype, found.region, found.per_rank) != (
+        former.path,
+        former.dtype,
+        former.region,
+        former.per_rank,
+    )

@@ -77,6 +77,21 @@ def test_larger_states_get_larger_memory_and_the_same_process(tmp_path):
         assert len(pids) == 1
 
 
+def test_a_writer_hears_of_new_arrays_and_a_new_writer_of_all(tmp_path):
+    with Checkpointer(FileStore(tmp_path), retention=Retention(last=9)) as checkpointer:
+        checkpointer.prepare(m=Held(w=np.zeros((100, 100))))
+        shapes = [(10,), (10,), (2, 5), (10,), (10,), (100, 100)]
+        for step, shape in enumerate(shapes):
+            if step == 4:
+                os.kill(writer_of(checkpointer), signal.SIGKILL)
+                psutil.Process(writer_of(checkpointer)).wait(5)
+            checkpointer.save(step, m=Held(w=np.full(shape, float(step)))).wait(SHORT)
+    for step, shape in enumerate(shapes):
+        live = Held(w=np.zeros(shape))
+        assert Checkpointer(FileStore(tmp_path)).restore(step, m=live) == step
+        assert (live.value["w"] == step).all()
+
+
 def test_close_leaves_no_process_no_descriptor_and_no_hold(tmp_path):
     processes, opened = children(), descriptors()
     with Checkpointer(FileStore(tmp_path)) as checkpointer:

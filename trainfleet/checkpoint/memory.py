@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,15 @@ from trainfleet.errors import CheckpointError
 
 CAN_BE_SHARED = hasattr(os, "memfd_create")
 """Whether this system has memory that another process can map by a descriptor."""
+
+
+class Layout(NamedTuple):
+    """Where what lies: the same for all saves of states whose structure does not change."""
+
+    number: int
+    """No two layouts have the same."""
+    places: tuple[Any, ...]
+    pieces: tuple[Any, ...]
 
 
 class StagingMemory:
@@ -31,6 +41,8 @@ class StagingMemory:
         """By which another process maps it."""
         self.version = 0
         """Rises when it is had anew, and has to be mapped anew."""
+        self.layout: Layout | None = None
+        """Of what lies in it since the last save; forgotten when it is had anew."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +83,7 @@ class StagingMemory:
         release, self._release = self._release, None
         if release is not None:
             release()
+        self.layout = None  # it holds on to the memory
         self._memory = np.empty(0, np.uint8)
         self.descriptor = None
 

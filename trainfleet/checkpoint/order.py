@@ -38,7 +38,8 @@ class Order:
     export: Export | None = None
     """Write the model as one safetensors file too."""
 
-    def to_json(self) -> Json:
+    def to_json(self, *, pieces: bool = True) -> Json:
+        """Without `pieces` where they are those of the order before, and whoever reads it has them."""
         staged = self.staged
         return {
             "attempt": asdict(self.attempt),
@@ -48,7 +49,9 @@ class Order:
             "pieces": [
                 [p.path, p.dtype, p.region.offsets, p.region.shape, p.start, int(p.data.size), p.per_rank]
                 for p in staged.pieces
-            ],
+            ]
+            if pieces
+            else None,
             "metadata": self.metadata,
             "metrics": self.metrics,
             "retention": asdict(self.retention),
@@ -57,19 +60,13 @@ class Order:
         }
 
     @classmethod
-    def from_json(cls, body: Json, memory: Bytes) -> Order:
+    def from_json(cls, body: Json, memory: Bytes, former: Order | None = None) -> Order:
         """The order that `to_json` gave; the bytes of its pieces lie in `memory`."""
-        pieces = tuple(
-            StagedPiece(
-                path=path,
-                dtype=dtype,
-                region=Region(tuple(offsets), tuple(shape)),
-                data=memory[start : start + size],
-                start=start,
-                per_rank=per_rank,
-            )
-            for path, dtype, offsets, shape, start, size, per_rank in body["pieces"]
-        )
+        if body["pieces"] is None:
+            assert former is not None
+            pieces = former.staged.pieces
+        else:
+            pieces = tuple(_piece(memory, *piece) for piece in body["pieces"])
         return cls(
             attempt=Attempt(**body["attempt"]),
             rank=body["rank"],
@@ -80,6 +77,19 @@ class Order:
             timeout=timedelta(seconds=body["timeout"]),
             export=body["export"],
         )
+
+
+def _piece(
+    memory: Bytes, path: str, dtype: str, offsets: list[int], shape: list[int], start: int, size: int, per_rank: bool
+) -> StagedPiece:
+    return StagedPiece(
+        path=path,
+        dtype=dtype,
+        region=Region(tuple(offsets), tuple(shape)),
+        data=memory[start : start + size],
+        start=start,
+        per_rank=per_rank,
+    )
 
 
 def carry_out(store: Store, order: Order, save_function: SaveFunction | None = None) -> None:

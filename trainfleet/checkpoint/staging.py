@@ -7,18 +7,30 @@ publish  wait for all ranks, then store the manifest   behind, on rank 0    mani
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from trainfleet.checkpoint.arrays import Bytes, copy_bytes, num_bytes, shape_of
-from trainfleet.checkpoint.memory import StagingMemory
+from trainfleet.checkpoint.arrays import Bytes, copy_bytes, num_bytes
+from trainfleet.checkpoint.memory import Layout, StagingMemory
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.tree import Json, TakenArray, encode
 from trainfleet.errors import CheckpointError
 from trainfleet.state import ShardedArray, Stateful
 
 _ALIGNMENT = 64
+_NUMBERS = itertools.count(1)
+
+
+class Place(NamedTuple):
+    """What an array is and where it belongs; the same at each save, unless a state changes its structure."""
+
+    path: str
+    dtype: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    per_rank: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +54,8 @@ class StagedShard:
     pieces: tuple[StagedPiece, ...]
     left_to_rank_0: tuple[str, ...]
     """Paths of arrays that are whole here, and not stored because rank 0 stores them."""
+    layout: int = 0
+    """Shards of one number have the same pieces, but for their bytes."""
 
     @property
     def num_bytes(self) -> int:
@@ -52,14 +66,19 @@ def stage(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int
     """Take the states and copy this rank's part of them into `memory`."""
     state, taken = _take(statefuls)
     left = [array.path for array in taken if rank and not array.per_rank and not isinstance(array.array, ShardedArray)]
-    pieces = _copy([array for array in taken if _stored_by(array, rank)], memory)
-    return StagedShard(state=state, pieces=pieces, left_to_rank_0=tuple(left))
+    held, places = _stored_by(rank, taken)
+    reserved = memory.reserve(_size_of(places))
+    layout = _laid_out(tuple(places), memory, reserved)
+    begin = reserved.ctypes.data
+    for local, piece in zip(held, layout.pieces, strict=True):
+        copy_bytes(local, piece.dtype, piece.data, begin + piece.start)
+    return StagedShard(state=state, pieces=layout.pieces, left_to_rank_0=tuple(left), layout=layout.number)
 
 
 def reserve(statefuls: Mapping[str, Stateful], memory: StagingMemory, *, rank: int) -> None:
     """Get the memory that `stage` will need."""
     _, taken = _take(statefuls)
-    memory.reserve(_starts([array for array in taken if _stored_by(array, rank)])[-1])
+    memory.reserve(_size_of(_stored_by(rank, taken)[1]))
 
 
 def _take(statefuls: Mapping[str, Stateful]) -> tuple[dict[str, Json], list[TakenArray]]:
@@ -75,35 +94,50 @@ def _take(statefuls: Mapping[str, Stateful]) -> tuple[dict[str, Json], list[Take
     return state, list(taken.values())
 
 
-def _starts(kept: list[TakenArray]) -> list[int]:
-    """Where each array begins in the staging memory, and where the last one ends."""
-    starts = [0]
-    for array in kept:
-        size = num_bytes(array.dtype, shape_of(_local(array)))
-        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-    return starts
+def _stored_by(rank: int, taken: list[TakenArray]) -> tuple[list[Any], list[Place]]:
+    """What this rank stores: the arrays that lie here, and the place of each. Empty ones are left out."""
+    held: list[Any] = []
+    places: list[Place] = []
+    for each in taken:
+        array = each.array
+        if isinstance(array, ShardedArray):
+            local, offsets, is_stored = array.local, array.offsets, array.replica == 0
+        else:
+            local, offsets, is_stored = array, None, each.per_rank or rank == 0
+        shape = tuple(local.shape)
+        if is_stored and 0 not in shape:
+            held.append(local)
+            places.append(Place(each.path, each.dtype, offsets or (0,) * len(shape), shape, each.per_rank))
+    return held, places
 
 
-def _copy(kept: list[TakenArray], memory: StagingMemory) -> tuple[StagedPiece, ...]:
-    starts = _starts(kept)
-    reserved = memory.reserve(starts[-1])
+def _size_of(places: list[Place]) -> int:
+    """Bytes of all of them in the staging memory, each aligned."""
+    return sum(_aligned(num_bytes(place.dtype, place.shape)) for place in places)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _laid_out(places: tuple[Place, ...], memory: StagingMemory, reserved: Bytes) -> Layout:
+    """The pieces at these places; those of the last save where nothing has changed."""
+    if memory.layout is not None and memory.layout.places == places:
+        return memory.layout
     pieces = []
-    for array, start in zip(kept, starts):
-        local = _local(array)
-        shape = shape_of(local)
-        size = num_bytes(array.dtype, shape)
-        if size == 0:
-            continue
+    start = 0
+    for place in places:
+        size = num_bytes(place.dtype, place.shape)
+        region = Region(tuple(map(int, place.offsets)), tuple(map(int, place.shape)))
         data = reserved[start : start + size]
-        copy_bytes(local, array.dtype, data)
-        offsets = array.array.offsets if isinstance(array.array, ShardedArray) else (0,) * len(shape)
-        region = Region(tuple(offsets), shape)
         pieces.append(
             StagedPiece(
-                path=array.path, dtype=array.dtype, region=region, data=data, start=start, per_rank=array.per_rank
+                path=place.path, dtype=place.dtype, region=region, data=data, start=start, per_rank=place.per_rank
             )
         )
-    return tuple(pieces)
+        start += _aligned(size)
+    memory.layout = Layout(next(_NUMBERS), places, tuple(pieces))
+    return memory.layout
 
 
 def state_of(name: str, stateful: Stateful) -> dict[str, Any]:
@@ -114,15 +148,3 @@ def state_of(name: str, stateful: Stateful) -> dict[str, Any]:
             "give an object that has both."
         )
     return dict(stateful.state_dict())
-
-
-def _local(array: TakenArray) -> Any:
-    return array.array.local if isinstance(array.array, ShardedArray) else array.array
-
-
-def _stored_by(array: TakenArray, rank: int) -> bool:
-    if array.per_rank:
-        return True
-    if isinstance(array.array, ShardedArray):
-        return array.array.replica == 0
-    return rank == 0

@@ -38,8 +38,10 @@ CAN_RUN = CAN_BE_SHARED and bool(sys.executable)
 """Whether this system has what a writer process needs: Linux, and a Python to start."""
 
 _END_SECONDS = 5.0
+_NICE = 10  # it never takes a core from a rank at once, yet a tenth of one is left to it
 _WATCH_SECONDS = 0.5  # between two looks for the parent, where it cannot be waited for
 _LENGTH = struct.Struct("<Q")
+_NOTHING: Bytes = np.empty(0, np.uint8)
 _START = "import sys; sys.path[0] = sys.argv[1]; from trainfleet.checkpoint.writer import serve; serve(*sys.argv[2:])"
 
 
@@ -57,6 +59,8 @@ class Writer:
         self._end: weakref.finalize[[subprocess.Popen[bytes], socket.socket], Writer] | None = None
         self._mapped = 0
         """The version of the memory that the process has mapped."""
+        self._layout = 0
+        """That of the last order, whose pieces the process need not be told again."""
 
     @property
     def pid(self) -> int | None:
@@ -84,7 +88,7 @@ class Writer:
             except OSError as error:
                 ours.close()
                 raise CheckpointError(f"The process that writes checkpoints could not be started: {error}.") from error
-        self._socket, self._mapped = ours, 0
+        self._socket, self._mapped, self._layout = ours, 0, 0
         self._end = weakref.finalize(self, _end, self._process, ours)
 
     def write(self, order: Order, memory: StagingMemory, timeout: timedelta) -> None:
@@ -96,9 +100,10 @@ class Writer:
         try:
             self._socket.settimeout(timeout.total_seconds())
             new = memory.descriptor is not None and memory.version != self._mapped
-            body = {**order.to_json(), "memory_bytes": memory.num_bytes if new else None}
+            pieces = new or order.staged.layout != self._layout
+            body = {**order.to_json(pieces=pieces), "memory_bytes": memory.num_bytes if new else None}
             _send(self._socket, body, memory.descriptor if new else None)
-            self._mapped = memory.version
+            self._mapped, self._layout = memory.version, order.staged.layout
             answer, _ = _receive(self._socket)
         except TimeoutError:
             self.close()
@@ -160,21 +165,26 @@ def serve(descriptor: str, parent: str, address: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _die_with(int(parent))
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
     store = open_store(address)
     told = _Warnings()
     logging.getLogger("trainfleet").addHandler(told)
-    memory: Bytes = np.empty(0, np.uint8)
+    memory = _NOTHING
+    order: Order | None = None
     with socket.socket(fileno=int(descriptor)) as theirs, contextlib.suppress(EOFError, ConnectionError):
         while True:
             body, received = _receive(theirs)
             size = body.pop("memory_bytes")
             if received is not None:
+                order, memory = None, _NOTHING  # they hold on to the memory that was
                 memory = mapped(received, size)
                 os.close(received)
             error: str | None = None
             hint: str | None = None
             try:
-                carry_out(store, Order.from_json(body, memory))
+                order = Order.from_json(body, memory, order)
+                carry_out(store, order)
             except Exception as failed:
                 error, hint = str(failed), getattr(failed, "hint", None)
                 if not isinstance(failed, CheckpointError):

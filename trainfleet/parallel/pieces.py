@@ -58,6 +58,7 @@ class ModelState:
                 found[name] = value
         return found
 
+    @torch.no_grad()  # in which the piece of a DTensor costs no step of autograd
     def state_dict(self) -> dict[str, Any]:
         rank = self._spread.mesh.rank
         return {
@@ -98,6 +99,10 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         memories = self._memories()
+        with torch.no_grad():
+            return self._state_of(memories)
+
+    def _state_of(self, memories: dict[str, dict[str, Any]]) -> dict[str, Any]:
         started = [name for name, parameter in self._named.items() if self._optimizer.state.get(parameter)]
         groups = [
             {key: _plain(value) for key, value in group.items() if key != "params"}
