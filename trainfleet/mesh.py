@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
-_made: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
+_made: dict[tuple[str, tuple[int, ...]], tuple[DeviceMesh, ProcessGroup]] = {}
 _made_over: ProcessGroup | None = None
 
 
@@ -57,8 +57,9 @@ class Axes:
 class Mesh(Axes):
     """The ranks of a run, laid out row by row over the axes: the last axis varies fastest.
 
-    `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis,
-    `mesh.data_axes` the Group over which gradients are averaged, `mesh.torch` what FSDP2 takes.
+    `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis, `mesh.data_axes` the
+    Group over which gradients are averaged and batches are dealt, `mesh.world` the Group of all ranks, `mesh.torch`
+    what FSDP2 and DTensors take. The axis `tp` is there where the plan splits layers.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class Mesh(Axes):
         torch: DeviceMesh,
         groups: dict[str, Group],
         data_axes: Group,
+        world: Group | None = None,
         owns_process_group: bool,
     ) -> None:
-        super().__init__(axes, groups, rank=rank, world_size=data_axes.size, data_axes=data_axes)
+        self.world = world or data_axes
+        """The Group of all ranks: what votes, agrees and saves goes over it."""
+        super().__init__(axes, groups, rank=rank, world_size=self.world.size, data_axes=data_axes)
         self.local_rank = local_rank
         self.device = device
         """`cpu`, or `cuda:0` and so on: the GPU of this rank."""
@@ -99,10 +103,13 @@ class Mesh(Axes):
         environment = RankEnvironment.from_env() if owns else _environment_of_process_group()
         plan = plan.for_world(environment.world_size)
         axes = {"dp_replicate": plan.dp_replicate or 1, "dp_shard": plan.dp_shard or 1}
+        data_name = " x ".join(axes)
+        if plan.tp > 1:
+            axes["tp"] = plan.tp
         device = _device(device, environment, None if owns else dist.get_backend_config())
         if owns:
             init_process_group(environment, device=device, timeout=timeout)
-        device_mesh = _device_mesh(device.split(":")[0], axes, timeout)
+        device_mesh, of_data = _device_mesh(device.split(":")[0], axes, timeout)
         world = dist.group.WORLD
         assert world is not None
         return cls(
@@ -112,7 +119,8 @@ class Mesh(Axes):
             device=device,
             torch=device_mesh,
             groups={name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes},
-            data_axes=TorchGroup(world, name=" x ".join(axes)),
+            data_axes=TorchGroup(of_data, name=data_name),
+            world=TorchGroup(world, name="world") if plan.tp > 1 else None,
             owns_process_group=owns,
         )
 
@@ -139,12 +147,11 @@ class Mesh(Axes):
 
 
 def _refuse_other_axes(plan: Plan) -> None:
-    for name in ("tp", "pp"):
-        if getattr(plan, name) > 1:
-            raise PlanError(
-                f"plan.{name} is {getattr(plan, name)}, but torch models are spread over data-parallel ranks only "
-                f"so far. Set {name} to 1; NumPy models over MPI (trainfleet.mpi) take it."
-            )
+    if plan.pp > 1:
+        raise PlanError(
+            f"plan.pp is {plan.pp}, but torch models are spread over data-parallel and tensor-parallel ranks only so "
+            "far. Set pp to 1; NumPy models over MPI (trainfleet.mpi) take it."
+        )
 
 
 def _environment_of_process_group() -> RankEnvironment:
@@ -183,8 +190,11 @@ def _device(wanted: str | None, environment: RankEnvironment, backends: Any) -> 
     return f"cuda:{environment.local_rank}"
 
 
-def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> DeviceMesh:
-    """The DeviceMesh of `axes`; an axis that spans all ranks uses the default process group itself."""
+def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> tuple[DeviceMesh, ProcessGroup]:
+    """The DeviceMesh of `axes`, and the process group of all ranks that see different data.
+
+    What spans all ranks uses the default process group itself.
+    """
     global _made_over
     import torch
     import torch.distributed as dist
@@ -199,7 +209,10 @@ def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> 
         ranks = torch.arange(dist.get_world_size(), dtype=torch.int).view(degrees)
         rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]
         groups = [_own_group(ranks_of_groups, timeout) for ranks_of_groups in rows]
-        _made[key] = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
+        mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
+        data_ranks = ranks.reshape(-1, axes.get("tp", 1)).mT.tolist()
+        same = next((group for group, row in zip(groups, rows) if sorted(row) == sorted(data_ranks)), None)
+        _made[key] = mesh, same or _own_group(data_ranks, timeout)
     return _made[key]
 
 

@@ -55,7 +55,8 @@ class Plan:
     dp_shard: int | None = None
     """Ranks over which one copy is sharded. None: what dp_replicate leaves."""
     tp: int = 1
-    """Ranks over which each layer is split (tensor parallelism). So far only for NumPy models over MPI."""
+    """Ranks over which each layer is split (tensor parallelism): attention by heads, pairs of linear layers by what is
+    between them."""
     pp: int = 1
     """Ranks over which the layers are dealt out in turn (pipeline). So far only for NumPy models over MPI."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -83,6 +84,8 @@ class Plan:
     """Batch normalisation sees the batch of all data-parallel ranks, as one process would."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    tp_whole: tuple[str, ...] = ()
+    """Names or class names of modules that every tensor-parallel rank computes whole."""
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "tp", "pp"):
@@ -108,6 +111,21 @@ class Plan:
             )
         if self.offload == "optimizer" and self.zero == 0:
             raise PlanError("plan.offload is 'optimizer' with plan.zero = 0; set zero to 1, 2 or 3.")
+
+        if self.compile and self.tp > 1:
+            raise PlanError(
+                f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. Leave one of them out."
+            )
+        if self.tp_whole and self.tp == 1:
+            raise PlanError(
+                f"plan.tp_whole names {self.tp_whole[0]!r}, but plan.tp is 1, which splits nothing. "
+                "Set tp to 2 or more, or leave tp_whole out."
+            )
+
+    def data_ranks(self, world_size: int) -> int:
+        """How many of `world_size` ranks see different data, or PlanError."""
+        plan = self.for_world(world_size)
+        return (plan.dp_replicate or 1) * (plan.dp_shard or 1)
 
     def for_world(self, world_size: int) -> Plan:
         """The same plan with every degree filled in for `world_size` ranks, or PlanError."""

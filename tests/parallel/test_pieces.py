@@ -253,7 +253,7 @@ def described() -> dict[str, Any]:
     with Mesh.from_env(Plan(zero=3, dp_replicate=2, dp_shard=2)) as mesh:
         model = parallelize(nn.Linear(3, 3), mesh, Plan(zero=3, dp_replicate=2, dp_shard=2))
         weight = as_piece("weight", model.weight)
-        whole_one = as_piece("gain", torch.tensor(1.0), rank=mesh.rank)
+        whole_one = as_piece("gain", torch.tensor(1.0), mesh=mesh)
         state = ModelState(model).state_dict()
         assert isinstance(model.weight, DTensor)
         return {

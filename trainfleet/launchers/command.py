@@ -53,8 +53,7 @@ def check_command(recipe: Recipe, command: Command, *, code_is_here: bool = True
 
         check(recipe, command.world_size)
     else:
-        recipe.plan.for_world(command.world_size)
-        recipe.batch.resolve(command.world_size)
+        recipe.batch.resolve(recipe.plan.data_ranks(command.world_size))
     return list(_remarks(recipe, command.nodes))
 
 

@@ -22,6 +22,8 @@ from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard, units_of
 from trainfleet.parallel.spread import Spread, attach, is_spread, whole_parameters
+from trainfleet.parallel.tensor import split_layers
+from trainfleet.parallel.tensor.apply import settle_gradients
 from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     waits = is_deferred(model)
     if not waits:
         model.to(mesh.device)
-    take_equal_parameters(model, mesh.data_axes)
+    take_equal_parameters(model, mesh.world)
+    split = split_layers(model, mesh.torch["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     device_type = torch.device(mesh.device).type
@@ -58,8 +61,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     sharded = shard(model, units_of(model, blocks, plan), mesh.torch, plan) if plan.zero else None
     if waits:
         materialize(model, mesh.device, shards_on="cpu" if plan.offload == "parameters" else None)
+    if split is not None:
+        settle_gradients(model)
     average = GradientAverage(whole_parameters(model), mesh.data_axes, overlap=sharded is None)
-    attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded))
+    attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split))
     return model
 
 
@@ -122,10 +127,11 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         raise PlanError(f"This {name} is spread already; build a new one for another plan.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
-    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard}
-    if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes[axis] != degree]:
+    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
+    if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes.get(axis, 1) != degree]:
+        made = mesh.plan_axes.get(unlike[0], 1)
         raise PlanError(
-            f"The plan wants {unlike[0]}={wanted[unlike[0]]}, but the mesh was made with {mesh.plan_axes[unlike[0]]}. "
+            f"The plan wants {unlike[0]}={wanted[unlike[0]]}, but the mesh was made with {made}. "
             "Make both from one plan: Mesh.from_env(plan)."
         )
     for entry in plan.entry_points:

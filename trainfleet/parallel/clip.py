@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group
+from trainfleet.parallel.layout import is_sharded, is_split_over
 
 _LONG = 1 << 16
 _ROW = 1 << 12
@@ -20,11 +21,21 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return sharded + whole
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: Group) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: Group, tensor_group: Group | None = None) -> Tensor:
     """The Euclidean norm of all gradients, the same float64 scalar on every rank; inf or nan if any element is.
 
-    Squares of sharded gradients are summed over `shard_group`; whole ones, equal on all ranks, count once.
+    Squares of sharded gradients are summed over `shard_group`, of split layers over `tensor_group` too; whole ones,
+    equal on all ranks, count once.
     """
+    if tensor_group is not None:
+        parameters = list(parameters)
+        split = [p for p in parameters if is_split_over(p, "tp")]
+        others = [p for p in parameters if not is_split_over(p, "tp")]
+        square = gradient_norm(split, shard_group).square()
+        if split:
+            square = square.to(split[0].device)
+        tensor_group.all_reduce_(square).wait()
+        return (square + gradient_norm(others, shard_group).square().to(square.device)).sqrt()
     sharded, whole = _sharded_and_whole(parameters)
     square = _sum_of_squares(sharded)
     if shard_group.size > 1:
@@ -41,7 +52,7 @@ def _sharded_and_whole(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor]
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            sharded.append(gradient.to_local())
+            (sharded if is_sharded(gradient) else whole).append(gradient.to_local())
         elif gradient is not None:
             whole.append(gradient)
     return sharded, whole

@@ -54,8 +54,8 @@ class Ema:
             self._averages[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        rank = self._spread.mesh.rank
-        return {name: as_piece(name, p, self._averages[name], rank=rank) for name, p in self._trained()}
+        mesh = self._spread.mesh
+        return {name: as_piece(name, p, self._averages[name], mesh=mesh) for name, p in self._trained()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, average in self._averages.items():

@@ -128,7 +128,7 @@ class NativeEngine:
         with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
             loss = self._run(micro_batches)
         # Ranks may have used different modules; all of them must stop.
-        if found := [each[0] for each in self.mesh.data_axes.exchange(found[:1]) if each]:
+        if found := [each[0] for each in self.mesh.world.exchange(found[:1]) if each]:
             raise PlanError(found[0])
         return loss
 
@@ -138,7 +138,7 @@ class NativeEngine:
         scale = self.loss_scale or 1.0
         for i, batch in enumerate(micro_batches):
             if self._seed is not None:
-                seed_micro_batch(self._seed, self.steps, i * self.mesh.world_size + self.mesh.data_axes.rank)
+                seed_micro_batch(self._seed, self.steps, i * self.mesh.data_axes.size + self.mesh.data_axes.rank)
             with self.spread.micro_batch(last=i == len(micro_batches) - 1):
                 with phase("forward", self.model, self.optimizer):
                     loss = self._loss(to_device(batch, device))
@@ -175,9 +175,9 @@ class NativeEngine:
         not under fp16, where a rank's gradients must overflow exactly where those of one process would.
         """
         first = torch.tensor([first_weight], dtype=torch.float64, device=self.mesh.device)
-        self.mesh.data_axes.broadcast_(first).wait()
-        shares = 1 if self._scaler else self.mesh.world_size
-        return (first.item() or 1.0) * num_micro_batches * self.mesh.world_size / shares
+        self.mesh.world.broadcast_(first).wait()
+        shares = 1 if self._scaler else self.mesh.data_axes.size
+        return (first.item() or 1.0) * num_micro_batches * self.mesh.data_axes.size / shares
 
     def _begin_sum_over_ranks(self, sums: Tensor) -> tuple[Tensor, Work]:
         """[total, weight, two of lockstep, how many ranks used each parameter], while gradients are under way."""
@@ -190,21 +190,23 @@ class NativeEngine:
         assert self._divisor is not None
         if weight == 0:
             raise DataError("All micro-batches of this step have weight 0, so there is no gradient to take.")
-        factor = self.mesh.world_size * self._divisor / (scale * weight)
+        factor = self.mesh.data_axes.size * self._divisor / (scale * weight)
         scale_gradients_(self._usage.parameters, factor)
 
     def clip(self, max_norm: float | None) -> float:
-        self._norm = gradient_norm(self._usage.parameters, self.mesh["dp_shard"])
+        self._norm = self._measure_norm()
         norm = float(self._norm)
         if max_norm is not None and norm > max_norm and norm != float("inf"):
             scale_gradients_(self._usage.parameters, max_norm / norm)
         return norm
 
+    def _measure_norm(self) -> Tensor:
+        tensor_group = self.mesh["tp"] if self.plan.tp > 1 else None
+        return gradient_norm(self._usage.parameters, self.mesh["dp_shard"], tensor_group)
+
     def step(self) -> bool:
         if self._scaler is not None:
-            norm = (
-                self._norm if self._norm is not None else gradient_norm(self._usage.parameters, self.mesh["dp_shard"])
-            )
+            norm = self._norm if self._norm is not None else self._measure_norm()
             overflow = not bool(torch.isfinite(norm))
             self._scaler.update(overflow=overflow)
         else:
@@ -266,7 +268,7 @@ class _Counters:
         return None if divisor is None else divisor * self._shares()
 
     def _shares(self) -> int:
-        return 1 if self._engine._scaler else self._engine.mesh.world_size
+        return 1 if self._engine._scaler else self._engine.mesh.data_axes.size
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self._engine.steps = int(state["steps"])

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -89,30 +90,33 @@ def _check(optimizer: Optimizer, plan: Plan) -> None:
             f"{name} computes the loss several times in a step, which fp16's loss scale does not survive. "
             "Set plan.precision to 'bf16' or 'fp32', or use AdamW."
         )
-    if plan.zero == 0 or isinstance(optimizer, GatheredMuon):
+    if (plan.zero == 0 and plan.tp == 1) or isinstance(optimizer, GatheredMuon):
         return
+    shards = f"plan.zero={plan.zero}" if plan.tp == 1 else f"plan.zero={plan.zero}, plan.tp={plan.tp}"
+    without = "plan.zero=0" if plan.tp == 1 else "plan.zero=0 and plan.tp=1"
     if standing is None:
         logger.warning(
-            "%s is not among the optimizers tested on shards (plan.zero=%d). It is right only if it updates each "
+            "%s is not among the optimizers tested on shards (%s). It is right only if it updates each "
             "element by itself, without norms or shapes of whole tensors. `trainfleet verify` compares it with one "
-            "process; plan.zero=0 needs no trust.",
+            "process; %s needs no trust.",
             name,
-            plan.zero,
+            shards,
+            without,
         )
     elif standing.is_made_right:
         raise PlanError(
-            f"{name} is wrong on shards (plan.zero={plan.zero}): {standing.wrong_on_shards}. Make it right with "
-            "`optimizer = shard_safe(optimizer)` from trainfleet.parallel.optimizers, or set plan.zero=0."
+            f"{name} is wrong on shards ({shards}): {standing.wrong_on_shards}. Make it right with "
+            f"`optimizer = shard_safe(optimizer)` from trainfleet.parallel.optimizers, or set {without}."
         )
     elif standing.wrong_on_shards:
         raise PlanError(
-            f"{name} does not work on shards (plan.zero={plan.zero}): {standing.wrong_on_shards}. "
-            f"Use {standing.instead}, or set plan.zero=0."
+            f"{name} does not work on shards ({shards}): {standing.wrong_on_shards}. "
+            f"Use {standing.instead}, or set {without}."
         )
     elif not standing.fused_on_shards and any(map(_is_fused_on_shards, optimizer.param_groups)):
         raise PlanError(
-            f"{name}(fused=True) does not work on shards (plan.zero={plan.zero}): torch has no such kernel for them. "
-            "Leave `fused` out, or set plan.zero=0."
+            f"{name}(fused=True) does not work on shards ({shards}): torch has no such kernel for them. "
+            f"Leave `fused` out, or set {without}."
         )
 
 
@@ -134,7 +138,7 @@ def shard_safe(optimizer: Optimizer) -> Optimizer:
 
 
 def _step_by_kind(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-    """A step in which no fused kernel gets shards and whole tensors at once, which torch refuses."""
+    """A step in which no kernel gets shards and whole tensors, or shards over different ranks, which torch refuses."""
     groups = self.param_groups
     self.param_groups = [kind for group in groups for kind in _by_kind(group)]
     try:
@@ -144,9 +148,10 @@ def _step_by_kind(self: Optimizer, closure: Callable[[], Any] | None = None) -> 
 
 
 def _by_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
-    kinds: dict[bool, list[nn.Parameter]] = {}
+    kinds: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in group["params"]:
-        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        kinds.setdefault(mesh, []).append(parameter)
     return [{**group, "params": parameters} for parameters in kinds.values()]
 
 

@@ -12,16 +12,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainfleet.errors import CheckpointError
+from trainfleet.mesh import Axes
+from trainfleet.parallel.layout import axes_of
 from trainfleet.parallel.optimizers import shard_safe
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.torch_private import offsets_in_whole
 from trainfleet.state import ShardedArray
 
 
-def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, rank: int = 0) -> ShardedArray:
+def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, mesh: Axes | None = None) -> ShardedArray:
     """The piece of `like` that this rank holds; with `local`, another tensor laid out in the same way.
 
-    `rank` tells copies of whole tensors apart; those of sharded ones are told apart by their mesh.
+    Copies are told apart by this rank's place on the axes of `mesh` over which the tensor is not split; without a
+    mesh, on those of the DTensor's own.
     """
     if isinstance(like, DTensor):
         piece = like.to_local() if local is None else local
@@ -30,12 +33,18 @@ def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, rank: int 
             offsets = tuple(0 for _ in offsets)
         coordinate = list(like.device_mesh.get_coordinate() or ())
         copy = sum(at for at, placement in zip(coordinate, like.placements) if placement.is_replicate())
+        if mesh is not None:
+            copy += sum(mesh[axis].rank for axis in mesh.plan_axes if axis not in axes_of(like))
         return ShardedArray(
             name=name, global_shape=tuple(like.shape), offsets=offsets, local=piece.detach(), replica=copy
         )
     piece = like if local is None else local
     return ShardedArray(
-        name=name, global_shape=tuple(like.shape), offsets=(0,) * like.ndim, local=piece.detach(), replica=rank
+        name=name,
+        global_shape=tuple(like.shape),
+        offsets=(0,) * like.ndim,
+        local=piece.detach(),
+        replica=mesh.rank if mesh is not None else 0,
     )
 
 
@@ -60,9 +69,9 @@ class ModelState:
 
     @torch.no_grad()  # in which the piece of a DTensor costs no step of autograd
     def state_dict(self) -> dict[str, Any]:
-        rank = self._spread.mesh.rank
+        mesh = self._spread.mesh
         return {
-            name: as_piece(name, value, rank=rank) if isinstance(value, Tensor) else value
+            name: as_piece(name, value, mesh=mesh) if isinstance(value, Tensor) else value
             for name, value in self._entries().items()
         }
 
@@ -87,7 +96,7 @@ class OptimizerState:
         self._optimizer = optimizer
         spread = spread_of(model)
         spread.rest()
-        self._rank = spread.mesh.rank
+        self._mesh = spread.mesh
         names = {parameter: name for name, parameter in model.named_parameters()}
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if strangers := sum(parameter not in names for parameter in held):
@@ -122,8 +131,8 @@ class OptimizerState:
         if not isinstance(value, Tensor):
             return value
         if value.shape == parameter.shape or (value.ndim and value.shape == _local(parameter).shape):
-            return as_piece(f"{name}.{key}", parameter, _local(value), rank=self._rank)
-        return as_piece(f"{name}.{key}", value, rank=self._rank)
+            return as_piece(f"{name}.{key}", parameter, _local(value), mesh=self._mesh)
+        return as_piece(f"{name}.{key}", value, mesh=self._mesh)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:

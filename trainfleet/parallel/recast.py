@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 
 
@@ -44,7 +45,8 @@ def _recasting(module: Any, device_type: str) -> Callable[[Tensor], Tensor]:
     @functools.wraps(plain)
     def recasting(x: Tensor) -> Tensor:
         kept: Tensor = module.weight
-        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type) and kept.dtype == torch.float32):
+        is_split = isinstance(kept, DTensor)  # its memory does not show; it keeps its narrow copy
+        if is_split or not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type) and kept.dtype == torch.float32):
             return plain(x)  # type: ignore[no-any-return]
         narrow = kept.to(torch.get_autocast_dtype(device_type))
         memory = narrow.untyped_storage().data_ptr()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group
 from trainfleet.errors import ReplicasDiffer
+from trainfleet.parallel.layout import is_sharded, is_split_over
 from trainfleet.parallel.spread import spread_of
 
 _WORDS = {1: torch.uint8, 2: torch.int16}
@@ -55,11 +56,19 @@ def check_replicas(model: nn.Module) -> None:
     spread.rest()
     mesh = spread.mesh
     named = dict(model.named_parameters())
-    pieces = {name: p.to_local() for name, p in named.items() if isinstance(p, DTensor)}
-    whole = {name: p for name, p in named.items() if not isinstance(p, DTensor)}
-    problem = _difference(whole, mesh.data_axes, mesh.rank) or _difference(pieces, mesh["dp_replicate"], mesh.rank)
+    pieces = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in named.items()}
+    sharded = {name: piece for name, piece in pieces.items() if is_sharded(named[name])}
+    whole = {name: piece for name, piece in pieces.items() if name not in sharded}
+    found = [
+        _difference(whole, mesh.data_axes, mesh.rank),
+        _difference(sharded, mesh["dp_replicate"], mesh.rank),
+    ]
+    if "tp" in mesh.plan_axes:
+        copied = {name: piece for name, piece in pieces.items() if not is_split_over(named[name], "tp")}
+        found.append(_difference(copied, mesh["tp"], mesh.rank))
+    problem = next((each for each in found if each), None)
     # A rank whose own replicas agree must hear of those that do not, or it would wait for its peers for ever.
-    problems = [each for each in mesh.data_axes.exchange(problem) if each]
+    problems = [each for each in mesh.world.exchange(problem) if each]
     if problems:
         raise ReplicasDiffer(
             f"{problems[0]} Copies that were equal have come apart.",

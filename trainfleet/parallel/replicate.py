@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group, Work
 from trainfleet.errors import PlanError
+from trainfleet.parallel.torch_private import with_local
 
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel uses; the first bucket is small so that it leaves early
 FIRST_BUCKET_BYTES = 1 << 20
@@ -51,9 +53,11 @@ class Bucket:
         """Wait, and let each gradient be its part of the bucket."""
         assert self.work is not None and self.flat is not None
         self.work.wait()
-        parts = torch.split(self.flat, [parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts):
-            parameter.grad = part.view_as(parameter)
+        locals_ = [_local(parameter) for parameter in self.parameters]
+        parts = torch.split(self.flat, [local.numel() for local in locals_])
+        for parameter, local, part in zip(self.parameters, locals_, parts):
+            gradient = part.view_as(local)
+            parameter.grad = with_local(parameter, gradient) if isinstance(parameter, DTensor) else gradient
         self.work, self.flat = None, None
         self.ready.clear()
 
@@ -132,9 +136,14 @@ class GradientAverage:
 
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's gradient; of what tensor-parallel ranks have split, that of its piece."""
     if parameter.grad is None:
-        return torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-    return parameter.grad.reshape(-1)
+        return torch.zeros(_local(parameter).numel(), dtype=parameter.dtype, device=parameter.device)
+    return _local(parameter.grad).reshape(-1)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[Bucket]:

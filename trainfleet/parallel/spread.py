@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.layout import is_sharded
 from trainfleet.parallel.torch_private import forget_iteration
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
     from trainfleet.parallel.replicate import GradientAverage
+    from trainfleet.parallel.tensor import Split
 
 _ATTRIBUTE = "_trainfleet_spread"
 
@@ -32,6 +33,8 @@ class Spread:
     """Averages the gradients of the parameters that are whole on every rank."""
     sharded: FSDPModule | None = None
     """The root of the sharded model, which is the model itself; None with zero = 0."""
+    split: Split | None = None
+    """Which layers are split over tensor-parallel ranks; None with tp = 1."""
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -107,5 +110,5 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that every rank holds whole."""
-    return [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    """The parameters that every data-parallel rank holds whole: tensor-parallel ranks may hold parts of one."""
+    return [parameter for parameter in model.parameters() if not is_sharded(parameter)]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from trainfleet.errors import PlanError
+from trainfleet.parallel.layout import is_sharded
 from trainfleet.parallel.torch_private import gathered_parameters
 
 
@@ -28,7 +28,7 @@ class Usage:
         self._sharded = sharded
         self._used = [False] * len(self.parameters)
         self._watched: set[int] = set()
-        self._sharded_parts = [i for i, parameter in enumerate(self.parameters) if isinstance(parameter, DTensor)]
+        self._sharded_parts = [i for i, parameter in enumerate(self.parameters) if is_sharded(parameter)]
 
     def _watch(self, i: int, parameter: nn.Parameter) -> None:
         if i not in self._watched:

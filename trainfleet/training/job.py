@@ -108,14 +108,14 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     from trainfleet.parallel.randomness import seed_generators
     from trainfleet.training.trainer import Trainer
 
-    micro, accumulation, whole = recipe.batch.resolve(mesh.world_size)
+    micro, accumulation, whole = recipe.batch.resolve(mesh.data_axes.size)
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh, closing)
         metadata = {"recipe": to_plain(recipe)}
         observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *_told_to_the_launcher(), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
-        seed_generators(recipe.train.seed, mesh.rank)
+        seed_generators(recipe.train.seed, mesh.data_axes.rank)
         model = parallelize(build_model(recipe, given), mesh, recipe.plan)
         optimizer = build_optimizer(
             recipe.optimizer.name,
@@ -126,8 +126,8 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         tell = _SkippedTeller()
         batches = recipe.data.open_training(
             size=micro,
-            rank=mesh.rank,
-            world_size=mesh.world_size,
+            rank=mesh.data_axes.rank,
+            world_size=mesh.data_axes.size,
             seed=recipe.train.seed,
             on_skip=tell,
             source=given.source,
@@ -217,7 +217,7 @@ def open_run_folder(recipe: Recipe, mesh: Mesh, closing: ExitStack) -> RunFolder
         except StoreError as exc:
             failure = [str(exc), exc.hint]
     # The others must hear of it, or they would wait for rank 0 until their deadline.
-    if told := mesh.data_axes.exchange(failure)[0]:
+    if told := mesh.world.exchange(failure)[0]:
         raise StoreError(told[0], hint=told[1])
     return folder
 
@@ -227,7 +227,7 @@ def _open_checkpointer(recipe: Recipe, folder: RunFolder, mesh: Mesh) -> Checkpo
     return Checkpointer(
         open_store(config.folder or str(folder.checkpoints)),
         retention=config.retention,
-        group=mesh.data_axes,
+        group=mesh.world,
         timeout=timedelta(seconds=config.timeout_seconds),
         export=config.export,
         save_function=load_object(config.save_function, key="checkpoint.save_function")
@@ -274,7 +274,7 @@ def _load_weights(recipe: Recipe, path: str, trainer: Trainer) -> None:
     from trainfleet.checkpoint.weights import load_weights
 
     try:
-        load_weights(path, trainer.engine.state()["model"], group=trainer.mesh.data_axes, cast=recipe.checkpoint.cast)
+        load_weights(path, trainer.engine.state()["model"], group=trainer.mesh.world, cast=recipe.checkpoint.cast)
     except CheckpointError as error:
         raise CheckpointError(f"model.init_from is {path!r}: {error}", hint=error.hint) from error
 
@@ -284,8 +284,8 @@ def _evaluation(
 ) -> Callable[[], Iterable[Batch]] | None:
     batches = recipe.data.open_evaluation(
         size=micro,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        rank=mesh.data_axes.rank,
+        world_size=mesh.data_axes.size,
         seed=recipe.train.seed,
         source=given.evaluation_source,
     )
@@ -342,18 +342,19 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
     from trainfleet.parallel.deferred import deferred
 
     plan = recipe.plan.for_world(world_size)
-    micro, accumulation, whole = recipe.batch.resolve(world_size)
+    ranks = plan.data_ranks(world_size)
+    micro, accumulation, whole = recipe.batch.resolve(ranks)
     model = deferred(lambda: build_model(replace(recipe, model=replace(recipe.model, deferred=False)), Given()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     loss_by_name(recipe.loss)
-    stream = recipe.data.open_training(size=micro, rank=0, world_size=world_size)
+    stream = recipe.data.open_training(size=micro, rank=0, world_size=ranks)
     samples = getattr(stream, "num_samples", None)
     steps = recipe.train.steps_of(stream, accumulation)
     next(iter(stream))
     _close(stream)
     return [
         f"plan    {plan} on {world_size} process{'es' * (world_size != 1)}",
-        f"batch   {whole} samples a step: {micro} in a micro-batch x {accumulation} x {world_size}",
+        f"batch   {whole} samples a step: {micro} in a micro-batch x {accumulation} x {ranks}",
         f"model   {recipe.model.name}: {parameters:,} parameters",
         f"data    {recipe.data.source}" + (f": {samples:,} samples" if samples is not None else ""),
         f"steps   {steps:,}",

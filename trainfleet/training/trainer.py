@@ -131,7 +131,7 @@ class Trainer:
                 states = {name: state for name, state in self._all_states().items() if name != "data"}
                 self._anomalies = Anomalies(self.config, states)
                 self._anomalies.remember(self.step)
-            with StopVote(self.mesh.data_axes) as vote:
+            with StopVote(self.mesh.world) as vote:
                 while self.step < steps and reason == "finished":
                     before = self.step
                     loss = self._take_step(steps, vote)
@@ -203,7 +203,7 @@ class Trainer:
             self.ema.update()
         if self._is_due(self.config.check_replicas_every):
             check_replicas(self.model)
-        samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.world_size
+        samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.data_axes.size
         self._emit(
             StepEnded(
                 step=self.step,

@@ -105,7 +105,7 @@ def verify(case: Case, plan: Plan, nproc: int) -> Verdict:
     """
     from trainfleet.training.launch import launch
 
-    together, remarks = reference_case(case, nproc)
+    together, remarks = reference_case(case, plan.data_ranks(nproc))
     if remarks and plan.precision == "fp16":
         # One process would sum the gradients of all ranks in fp16, and overflow where they do not.
         plan = replace(plan, loss_scale=LossScale(initial=min(plan.loss_scale.initial, 1024.0)))
@@ -184,10 +184,10 @@ def trace(case: Case, plan: Plan, mesh: Mesh) -> Trace:
     model = parallelize(case.build(), mesh, plan)
     engine = NativeEngine(model, case.optimizer(model), case.loss_fn, seed=case.seed)
     found: Trace = {}
-    ranks = mesh.world_size
+    ranks = mesh.data_axes.size
     for step in range(case.steps):
         first = step * ranks * case.accumulation
-        numbers = [first + i * ranks + mesh.rank for i in range(case.accumulation)]
+        numbers = [first + i * ranks + mesh.data_axes.rank for i in range(case.accumulation)]
         loss = engine.forward_backward([case.micro_batch(number) for number in numbers])
         found[f"step {step + 1}, loss"] = np.asarray(loss.mean)
         if case.keep_gradients:

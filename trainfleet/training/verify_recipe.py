@@ -22,19 +22,19 @@ def verify_recipe(recipe: Recipe, nproc: int, *, steps: int = 3) -> Verdict:
 
     Nothing is written. What the recipe names by import path must be importable in other processes too.
     """
-    recipe.plan.for_world(nproc)
-    _, accumulation, _ = recipe.batch.resolve(nproc)
-    return verify(case_of(recipe, nproc, steps=steps, accumulation=accumulation), recipe.plan, nproc)
+    ranks = recipe.plan.data_ranks(nproc)
+    _, accumulation, _ = recipe.batch.resolve(ranks)
+    return verify(case_of(recipe, ranks, steps=steps, accumulation=accumulation), recipe.plan, nproc)
 
 
-def case_of(recipe: Recipe, nproc: int, *, steps: int, accumulation: int) -> Case:
-    """The recipe as a Case; its model is built plainly, since a deferred one has the same numbers."""
+def case_of(recipe: Recipe, ranks: int, *, steps: int, accumulation: int) -> Case:
+    """The recipe on so many data-parallel ranks as a Case; its model is built plainly, since a deferred one has the same numbers."""
     plain = replace(recipe, model=replace(recipe.model, deferred=False))
     return Case(
         build=functools.partial(build_model, plain, Given()),
         loss_fn=loss_by_name(recipe.loss),
-        micro_batch=_MicroBatches(recipe, recipe.batch.resolve(nproc)[0]),
-        optimizer=functools.partial(_optimizer, recipe, recipe.batch.resolve(nproc)[2]),
+        micro_batch=_MicroBatches(recipe, recipe.batch.resolve(ranks)[0]),
+        optimizer=functools.partial(_optimizer, recipe, recipe.batch.resolve(ranks)[2]),
         steps=steps,
         accumulation=accumulation,
         clip_norm=recipe.train.clip_norm,

@@ -1,0 +1,27 @@
+"""Layout: over which axes of the mesh a tensor is split."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_OF_DATA = "dp_shard"
+
+
+def axes_of(tensor: Tensor) -> tuple[str, ...]:
+    """The axes that `tensor` lies on, split or copied; none where it is no DTensor."""
+    return tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+
+
+def is_split_over(tensor: Tensor, axis: str) -> bool:
+    """Whether the ranks of `axis` hold different parts of `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return False
+    return any(
+        name == axis and not placement.is_replicate() for name, placement in zip(axes_of(tensor), tensor.placements)
+    )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is in the care of FSDP2, which gathers it and scatters its gradient over data-parallel ranks."""
+    return _OF_DATA in axes_of(tensor)

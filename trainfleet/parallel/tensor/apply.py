@@ -1,0 +1,131 @@
+"""split_layers: cut the parameters of regions over tensor-parallel ranks, and let them compute on pieces."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from trainfleet.parallel.layout import is_sharded
+from trainfleet.parallel.tensor.find import Region, find_regions
+from trainfleet.parallel.tensor.region import on_pieces
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """What tensor parallelism did to a model."""
+
+    regions: tuple[str, ...]
+    """The modules whose linear layers are split."""
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    whole: tuple[str, ...]
+    """Modules with parameters of their own that every tensor-parallel rank holds and computes whole."""
+    split_share: float
+    """The part of all parameters that is split."""
+
+    def __str__(self) -> str:
+        kept = f"; whole on each: {_few(self.whole)}" if self.whole else ""
+        return f"{100 * self.split_share:.0f} % of the parameters are split, in {_few(self.regions)}{kept}"
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = [name or "the model" for name in names[:4]]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def split_layers(model: nn.Module, mesh: DeviceMesh, whole: Sequence[str] = (), entry_points: Sequence[str] = ()) -> Split:
+    """Split the linear layers of `model` over `mesh` (one axis), in place; all ranks hold equal parameters before.
+
+    Raises PlanError before anything is changed where that cannot be.
+    """
+    regions = find_regions(model, mesh.size(), whole)
+    _cut_parameters(model, regions, mesh)
+    for region in regions:
+        calls = ("forward", *entry_points) if region.module is model else ("forward",)
+        for call in calls:
+            setattr(region.module, call, on_pieces(getattr(region.module, call), region.name, mesh))
+    split = _described(model, regions)
+    logger.info("Tensor parallel over %d ranks: %s.", mesh.size(), split)
+    return split
+
+
+def _cut_parameters(model: nn.Module, regions: Sequence[Region], mesh: DeviceMesh) -> None:
+    placements = _placements(model, regions)
+    made: dict[int, nn.Parameter] = {}
+    for region in regions:
+        for module in region.module.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None or isinstance(parameter, DTensor):
+                    continue
+                if id(parameter) not in made:
+                    made[id(parameter)] = _cut(parameter, placements.get(id(parameter), Replicate()), mesh)
+                module._parameters[name] = made[id(parameter)]
+
+
+def _placements(model: nn.Module, regions: Sequence[Region]) -> dict[int, Placement]:
+    """How each parameter of a split layer lies, by its id; a row's bias is added once, so it stays whole."""
+    found: dict[int, Placement] = {}
+    for region in regions:
+        for name in region.columns:
+            found |= {id(parameter): Shard(0) for parameter in model.get_submodule(name).parameters()}
+        for name in region.rows:
+            found[id(model.get_submodule(name).weight)] = Shard(1)
+    return found
+
+
+def _cut(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
+    whole = parameter.detach()
+    piece = whole
+    if isinstance(placement, Shard):
+        length = whole.shape[placement.dim] // mesh.size()
+        # A copy, or the memory of the whole would stay.
+        piece = whole.narrow(placement.dim, mesh.get_local_rank() * length, length).clone(
+            memory_format=torch.contiguous_format
+        )
+    array = DTensor.from_local(piece, mesh, [placement], run_check=False)
+    cut = nn.Parameter(array, requires_grad=parameter.requires_grad)
+    cut.__dict__.update(parameter.__dict__)
+    return cut
+
+
+def _described(model: nn.Module, regions: Sequence[Region]) -> Split:
+    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+    numbers = [(p.numel(), isinstance(p, DTensor) and p.placements[0].is_shard()) for p in parameters]
+    inside = {module for region in regions for module in region.module.modules()}
+    return Split(
+        regions=tuple(region.name for region in regions),
+        columns=tuple(name for region in regions for name in region.columns),
+        rows=tuple(name for region in regions for name in region.rows),
+        whole=tuple(
+            name
+            for name, module in model.named_modules()
+            if module not in inside and any(True for _ in module.parameters(recurse=False))
+        ),
+        split_share=sum(number for number, is_split in numbers if is_split) / sum(number for number, _ in numbers),
+    )
+
+
+def settle_gradients(model: nn.Module) -> None:
+    """Let the gradient of each split or copied parameter lie as the parameter does, as soon as backward has it.
+
+    A copy that met pieces gets a part of its gradient on each rank; those are summed. FSDP2 does so by itself.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and not is_sharded(parameter) and parameter.requires_grad:
+            parameter.register_hook(_settled(parameter.placements))
+
+
+def _settled(placements: Sequence[Placement]) -> Callable[[Tensor], Tensor]:
+    def settle(gradient: Tensor) -> Tensor:
+        assert isinstance(gradient, DTensor)
+        return gradient if tuple(gradient.placements) == tuple(placements) else gradient.redistribute(placements=placements)
+
+    return settle

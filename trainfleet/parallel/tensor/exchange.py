@@ -1,0 +1,38 @@
+"""Exchanges inside a region: from one placement of a DTensor to another, forward and backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+
+def placed(array: DTensor, placement: Placement) -> DTensor:
+    """`array` placed so over its one axis; its gradient comes back as `array` was placed.
+
+    What is exchanged is contiguous: torch 2.13 gives the result of an exchange the strides of what went in, but lays
+    it out anew, and a view in backward then fails.
+    """
+    if tuple(array.placements) == (placement,):
+        return array
+    laid_out = array if array.is_contiguous() else array.contiguous()
+    result: DTensor = laid_out.redistribute(placements=[placement])
+    if result.requires_grad:
+        result.register_hook(_contiguous)
+    return result
+
+
+def local_of(array: DTensor, grad_placement: Placement | None = None) -> Tensor:
+    """This rank's piece; `grad_placement` says what its gradient is a piece of, if not of an equal placement."""
+    local = array.to_local(grad_placements=None if grad_placement is None else [grad_placement])
+    if local.requires_grad:
+        local.register_hook(_contiguous)
+    return local
+
+
+def whole_of(array: DTensor) -> Tensor:
+    """The whole, on every rank; gradients are equal on all of them."""
+    return local_of(placed(array, Replicate()))
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    return gradient.contiguous()

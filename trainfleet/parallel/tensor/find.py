@@ -1,0 +1,190 @@
+"""Find which linear layers of a model are split by column, which by row, and where whole tensors come and go.
+
+A first layer split by column and a second split by row need one exchange between them (Shoeybi et al., Megatron-LM,
+arXiv:1909.08053):
+
+    x ──► q  k  v, gate  up ──► heads, activation ──► out, down ──► sum over ranks
+          by column             each rank its part    by row
+
+What is between them may be anything: a region computes with DTensors, so a wrong guess costs time, never the result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainfleet.errors import PlanError
+from trainfleet.parallel.blocks import is_named
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
+"""Attributes under which attention modules keep the number of their heads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """A module that takes and gives whole tensors, and whose linear layers are split."""
+
+    name: str
+    module: nn.Module
+    columns: tuple[str, ...]
+    """Linear layers split by output features, by their names in the model."""
+    rows: tuple[str, ...]
+    """Those split by input features; a sum over ranks follows each."""
+
+
+def find_regions(model: nn.Module, size: int, whole: Sequence[str] = ()) -> list[Region]:
+    """The regions of `model`, for `size` tensor-parallel ranks; inner ones first.
+
+    `whole` names modules that stay whole, as in plan.tp_whole.
+    Raises PlanError where there is nothing to split, or `size` does not divide what would be split.
+    """
+    left_whole = _named(model, whole)
+    found: list[Region] = []
+    _find(model, "", True, left_whole, found)
+    shared = _shared_outside(model, found)
+    regions = [region for region in found if not (shared & {id(p) for p in region.module.parameters()})]
+    if not regions:
+        raise PlanError(
+            f"plan.tp is {size}, but {type(model).__name__} has no linear layers that can be split: no module in which "
+            "one follows the other, as in attention or a perceptron. Set tp to 1."
+        )
+    for region in regions:
+        _refuse_indivisible(model, region, size)
+    return regions
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
+    named: set[nn.Module] = set()
+    for pattern in patterns:
+        matches = [module for name, module in model.named_modules() if is_named(name, module, pattern)]
+        if not matches:
+            raise PlanError(
+                f"plan.tp_whole names {pattern!r}, but no module of {type(model).__name__} has that name or class."
+            )
+        named.update(matches)
+    return named
+
+
+def _find(
+    module: nn.Module, name: str, is_root: bool, left_whole: set[nn.Module], found: list[Region]
+) -> list[tuple[str, nn.Linear]]:
+    """Add the regions in `module`; the linear layers that it has itself and that found no partner."""
+    if module in left_whole or any(isinstance(child, _BatchNorm) for child in module.children()):
+        if module in left_whole:
+            return []
+    linears: list[tuple[str, nn.Linear]] = []
+    for child_name, child in _called(module, name):
+        if child in left_whole:
+            continue
+        if type(child) is nn.Linear and "forward" not in vars(child):
+            linears.append((child_name, child))
+        else:
+            strays = _find(child, child_name, False, left_whole, found)
+            # Some models hold the layers of one attention in two modules: then their parent is the region.
+            if not is_root and not isinstance(module, nn.Sequential) and not _is_in_list(module, child):
+                linears += strays
+    pairs = group(linears)
+    # Batch normalisation exchanges its statistics in a way of its own, which knows no pieces.
+    if not pairs or any(isinstance(inner, _BatchNorm) for inner in module.modules()):
+        return [(n, linear) for n, linear in linears if "." not in n[len(name) + 1 :]]
+    found.append(
+        Region(
+            name=name,
+            module=module,
+            columns=tuple(column for columns, _ in pairs for column in columns),
+            rows=tuple(row for _, row in pairs),
+        )
+    )
+    return []
+
+
+def _called(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules that `module` calls itself: its children, and those of its lists."""
+    called: list[tuple[str, nn.Module]] = []
+    for key, child in module.named_children():
+        child_name = f"{name}.{key}" if name else key
+        called += _called(child, child_name) if isinstance(child, _LISTS) else [(child_name, child)]
+    return called
+
+
+def _is_in_list(module: nn.Module, child: nn.Module) -> bool:
+    return child not in set(module.children())
+
+
+def group(linears: Sequence[tuple[str, nn.Linear]]) -> list[tuple[tuple[str, ...], str]]:
+    """(split by column, split by row) of linear layers in the order in which a module has them.
+
+    With d the width of what comes in, a group is layers that take d, up to one that gives d again.
+    """
+    groups: list[tuple[tuple[str, ...], str]] = []
+    columns: list[tuple[str, nn.Linear]] = []
+    for i, (name, linear) in enumerate(linears):
+        following = linears[i + 1][1] if i + 1 < len(linears) else None
+        if columns and _closes([column for _, column in columns], linear, following):
+            groups.append((tuple(column for column, _ in columns), name))
+            columns = []
+        elif columns and linear.in_features != columns[0][1].in_features:
+            columns = [(name, linear)]  # what came before has no partner
+        else:
+            columns.append((name, linear))
+    return groups
+
+
+def _closes(columns: Sequence[nn.Linear], linear: nn.Linear, following: nn.Linear | None) -> bool:
+    """Whether `linear` takes what `columns` gave, and so is split by row."""
+    first = columns[0]
+    width = first.in_features
+    if linear.in_features != width:
+        return linear.out_features == width or (len(columns) == 1 and linear.in_features == first.out_features)
+    if linear.out_features != width or following is None:
+        return linear.out_features == width
+    is_sibling = following.in_features == following.out_features == width
+    closes_better = following.out_features == width and following.in_features == first.out_features
+    return not is_sibling and not closes_better
+
+
+def _shared_outside(model: nn.Module, regions: Sequence[Region]) -> set[int]:
+    """Parameters of a region that another module uses too: those tied to an embedding, for instance."""
+    users: defaultdict[int, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].add(module)
+    inside = {inner for region in regions for inner in region.module.modules()}
+    split = {name for region in regions for name in (*region.columns, *region.rows)}
+    layers = {model.get_submodule(name) for name in split}
+    return {
+        key
+        for key, modules in users.items()
+        if len(modules) > 1 and modules & inside and (modules - inside or modules & layers)
+    }
+
+
+def _refuse_indivisible(model: nn.Module, region: Region, size: int) -> None:
+    for inner in region.module.modules():
+        for attribute in _HEADS:
+            heads = getattr(inner, attribute, None)
+            if isinstance(heads, int) and not isinstance(heads, bool) and heads % size:
+                raise _indivisible(size, attribute, heads, region.name)
+    for name in region.columns:
+        features = model.get_submodule(name).out_features
+        if isinstance(features, int) and features % size:
+            raise _indivisible(size, "out_features", features, name)
+    for name in region.rows:
+        features = model.get_submodule(name).in_features
+        if isinstance(features, int) and features % size:
+            raise _indivisible(size, "in_features", features, name)
+
+
+def _indivisible(size: int, what: str, value: int, name: str) -> PlanError:
+    divisors = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+    few = ", ".join(map(str, divisors[:8])) + (", …" if len(divisors) > 8 else "")
+    return PlanError(
+        f"plan.tp={size} does not divide {what}={value} of {name or 'the model'}. Use one of {few}, or keep it whole: "
+        f"plan.tp_whole=[{name or '*'}]."
+    )

@@ -1,0 +1,163 @@
+"""A region computes on pieces: whole tensors come in, DTensors are computed with, whole tensors go out.
+
+User code keeps saying `view(B, T, heads, width)` with the numbers of the whole model, for DTensors have the shape of
+the whole. What torch cannot split is computed whole on every tensor-parallel rank, so the result is right always.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.overrides import TorchFunctionMode
+
+from trainfleet.batch import arrays, map_arrays
+from trainfleet.errors import PlanError
+from trainfleet.parallel.tensor.attention import split_attention
+from trainfleet.parallel.tensor.dropout import split_dropout
+from trainfleet.parallel.tensor.exchange import placed, whole_of
+
+logger = logging.getLogger(__name__)
+
+_RANDOM = {"bernoulli", "multinomial", "normal", "poisson", "binomial", "rand_like", "randn_like", "randint_like"} | {
+    *("alpha_dropout", "feature_alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("rrelu", "gumbel_softmax", "native_dropout", "multi_head_attention_forward"),
+}
+"""They draw numbers, one for each element of the whole: every rank draws all of them, from equal generators."""
+_RANDOM_IN_PLACE = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "geometric_", "rrelu_"} | {
+    *("log_normal_", "alpha_dropout_", "feature_alpha_dropout_", "dropout_")
+}
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.scaled_dot_product_attention: split_attention,
+    torch.nn.functional.dropout: split_dropout,
+    torch.dropout: split_dropout,
+}
+"""They get (mesh, compute whole, arguments of the function …) and have rules of their own."""
+
+
+def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Callable[..., Any]:
+    """`forward` of the module `name`, computed on pieces over `mesh`; takes and gives whole tensors."""
+    said: set[str] = set()
+
+    @functools.wraps(forward)
+    def split(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
+            return forward(*args, **kwargs)  # inside another region
+        args, kwargs = map_arrays(functools.partial(_copied, mesh), (args, kwargs))
+        with _OnPieces(name, mesh, said):
+            output = forward(*args, **kwargs)
+        return map_arrays(_whole, output)
+
+    return split
+
+
+def _copied(mesh: DeviceMesh, tensor: Any) -> Any:
+    """A whole tensor, equal on all ranks, as a DTensor. What ranks add to its gradient is summed."""
+    if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
+def _whole(tensor: Any) -> Any:
+    """The whole of a DTensor, on every rank."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return whole_of(tensor)
+
+
+def _settled(tensor: Any) -> Any:
+    """Sums that are still spread over the ranks are taken at once, so that there are only pieces and copies."""
+    if not isinstance(tensor, DTensor) or all(type(p) in (Shard, Replicate) for p in tensor.placements):
+        return tensor
+    return placed(tensor, Replicate())
+
+
+class _OnPieces(TorchFunctionMode):
+    """While it is entered, every function of torch takes DTensors and plain tensors together."""
+
+    def __init__(self, name: str, mesh: DeviceMesh, said: set[str]) -> None:
+        super().__init__()
+        self._name, self._mesh, self._said = name, mesh, said
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        found = arrays((args, kwargs))
+        pieces = [array for array in found if isinstance(array, DTensor)]
+        if not pieces:
+            return func(*args, **kwargs)
+        called = getattr(func, "__name__", str(func))
+        in_place = _writes(called, kwargs)
+        if in_place and called in _RANDOM_IN_PLACE:
+            return self._draw_in_place(func, called, args, kwargs)
+        if in_place and not isinstance(args[0], DTensor):
+            args, kwargs = map_arrays(_whole, (args, kwargs))
+            return func(*args, **kwargs)
+        if len(pieces) < len(found):
+            args, kwargs = map_arrays(functools.partial(_copied, self._mesh), (args, kwargs))
+        if (rule := _SPECIAL.get(func)) is not None:
+            whole = functools.partial(self._compute_whole, func)
+            return rule(self._mesh, whole, *args, **kwargs)
+        if called in _RANDOM:
+            return self._compute_whole(func, *args, **kwargs)
+        try:
+            return _mapped(_settled, func(*args, **kwargs))
+        except Exception as exc:
+            if in_place:
+                raise self._refusal(called) from exc
+            return self._fall_back(func, called, args, kwargs)
+
+    def _fall_back(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
+        """What torch cannot split; where the whole fails too, that is the error of the model itself."""
+        result = self._compute_whole(func, *args, **kwargs)
+        if called not in self._said:
+            self._said.add(called)
+            logger.info("torch cannot split %s in %s; each rank computes it whole.", called, self._name or "the model")
+        return result
+
+    def _compute_whole(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_arrays(_whole, (args, kwargs))
+        return _mapped(functools.partial(_copied, self._mesh), func(*args, **kwargs))
+
+    def _draw_in_place(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
+        target = args[0]
+        if not isinstance(target, DTensor):
+            args, kwargs = map_arrays(_whole, (args, kwargs))
+            return func(*args, **kwargs)
+        if not all(placement.is_replicate() for placement in target.placements):
+            raise self._refusal(called)
+        local, kwargs = map_arrays(_whole, (args, kwargs))
+        func(*local, **kwargs)
+        return target
+
+    def _refusal(self, called: str) -> PlanError:
+        name = self._name or "the model"
+        return PlanError(
+            f"{name} calls {called} on a tensor that is split over the {self._mesh.size()} ranks of plan.tp, which torch "
+            f"cannot do in place. Call the form that returns a new tensor, or keep the module whole: "
+            f"plan.tp_whole=[{name}]."
+        )
+
+
+def _mapped(function: Callable[[Any], Any], result: Any) -> Any:
+    """Like `map_arrays`, for what functions of torch return; numbers and shapes stay as they are."""
+    if isinstance(result, Tensor):
+        return function(result)
+    if isinstance(result, list | tuple) and any(isinstance(each, Tensor) for each in result):
+        mapped = [_mapped(function, each) for each in result]
+        if hasattr(result, "_fields"):
+            return type(result)(*mapped)
+        return type(result)(mapped) if type(result) in (list, tuple) else tuple(mapped)
+    return result
+
+
+def _writes(called: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch changes its first argument."""
+    if called.startswith("__"):
+        return called == "__setitem__" or (called.startswith("__i") and called not in ("__int__", "__index__", "__invert__"))
+    return called.endswith("_") or kwargs.get("out") is not None
