@@ -39,7 +39,7 @@ def units_of(model: nn.Module, blocks: Sequence[nn.Module], plan: Plan) -> Seque
 
 
 def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, plan: Plan) -> FSDPModule:
-    """Shard `model` in place over `mesh` (dims dp_replicate, dp_shard), each of `units` by itself, the rest as another.
+    """Shard `model` in place over `mesh` (its dims dp_replicate, dp_shard), each of `units` by itself, the rest as another.
 
     What FSDP2 cannot hold stays whole on every rank, and the caller averages its gradients: see
     `unshardable_parameters`; and what only units share with one another.
@@ -49,7 +49,8 @@ def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, plan: 
     offload = (
         CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if plan.offload == "parameters" else OffloadPolicy()
     )
-    over = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    of_data = mesh if mesh.ndim == 2 else mesh["dp_replicate", "dp_shard"]
+    over = of_data if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     for parameter in model.parameters():
         if not parameter.is_contiguous():  # of a convolution with channels last, which only whole parameters can have
             parameter.data = parameter.data.contiguous()

@@ -38,3 +38,55 @@ def hold(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan]) -> None
 @pytest.mark.parametrize("name", PARTS)
 def test_two_ranks_compute_what_one_process_computes(ranks: RankPools, name: str) -> None:
     hold(ranks, 2, case_of(name), [Plan(tp=2), Plan(tp=2, zero=2)])
+
+
+FOUR = [Plan(tp=2), Plan(tp=4), Plan(tp=2, zero=1), Plan(tp=2, zero=2), Plan(tp=2, zero=3)]
+
+
+def test_four_ranks_split_layers_and_shard_what_is_left(ranks: RankPools) -> None:
+    hold(ranks, 4, case_of("grouped"), [Plan(tp=2), Plan(tp=2, zero=3)])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", PARTS)
+def test_every_plan_on_four_ranks_computes_what_one_process_computes(ranks: RankPools, name: str) -> None:
+    blocks = [Plan(tp=2, zero=zero, blocks=("Residual",)) for zero in (1, 2, 3)]
+    hold(ranks, 4, case_of(name), [*FOUR, *blocks])
+
+
+@pytest.mark.matrix
+def test_copies_of_shards_of_pieces_compute_what_one_process_computes(ranks: RankPools) -> None:
+    hold(ranks, 8, case_of("grouped"), [Plan(tp=2, zero=zero, dp_replicate=2) for zero in (1, 2, 3)])
+
+
+def of_one_process(case: Case, plans: Sequence[Plan]) -> list[Trace]:
+    """On one rank of the pool."""
+    found = []
+    for plan in plans:
+        with Mesh.from_env() as mesh:
+            found.append(trace(case, Plan(precision=plan.precision), mesh))
+    return found
+
+
+DROPOUT = [Plan(tp=2), Plan(tp=2, recompute="blocks"), Plan(tp=2, recompute="selective"), Plan(tp=2, zero=3)]
+
+
+@pytest.mark.parametrize("name", ["separate", "perceptron"])
+def test_dropout_masks_are_those_of_one_process(ranks: RankPools, name: str) -> None:
+    case = case_of(name, dropout=0.3)
+    expected = ranks(1, of_one_process, case, DROPOUT)[0]
+    for plan, alone, found in zip(DROPOUT, expected, ranks(2, traces, case, DROPOUT)[0], strict=True):
+        verdict = compare(alone, found, "fp32")
+        assert verdict.holds, f"{plan}: {verdict}"
+
+
+NARROW = [Plan(tp=2, precision="bf16"), Plan(tp=2, precision="bf16", zero=3), Plan(tp=2, precision="fp16", zero=2)]
+
+
+@pytest.mark.parametrize("name", ["grouped", "inline"])
+def test_narrow_precisions_compute_what_one_process_computes_in_them(ranks: RankPools, name: str) -> None:
+    case = case_of(name)
+    expected = ranks(1, of_one_process, case, NARROW)[0]
+    for plan, alone, found in zip(NARROW, expected, ranks(2, traces, case, NARROW)[0], strict=True):
+        verdict = compare(alone, found, plan.precision)
+        assert verdict.holds, f"{plan}: {verdict}"
