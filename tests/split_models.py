@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,5 +157,3 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     left, right = x.chunk(2, -1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-

@@ -114,12 +114,8 @@ class Plan:
 
         if self.compile and self.tp > 1:
             raise PlanError(
-                f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. Leave one of them out."
-            )
-        if self.tp_whole and self.tp == 1:
-            raise PlanError(
-                f"plan.tp_whole names {self.tp_whole[0]!r}, but plan.tp is 1, which splits nothing. "
-                "Set tp to 2 or more, or leave tp_whole out."
+                f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "
+                "Leave one of them out."
             )
 
     def data_ranks(self, world_size: int) -> int:

@@ -48,7 +48,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: Group, tensor
 @torch.no_grad()  # to_local() of what no gradient flows through costs a tenth
 def _sharded_and_whole(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
     """This rank's pieces of sharded gradients, and the gradients that it holds whole."""
-    sharded, whole = [], []
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):

@@ -45,8 +45,9 @@ def _recasting(module: Any, device_type: str) -> Callable[[Tensor], Tensor]:
     @functools.wraps(plain)
     def recasting(x: Tensor) -> Tensor:
         kept: Tensor = module.weight
-        is_split = isinstance(kept, DTensor)  # its memory does not show; it keeps its narrow copy
-        if is_split or not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type) and kept.dtype == torch.float32):
+        if isinstance(kept, DTensor):  # split over tensor-parallel ranks: its memory does not show
+            return plain(x)  # type: ignore[no-any-return]
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type) and kept.dtype == torch.float32):
             return plain(x)  # type: ignore[no-any-return]
         narrow = kept.to(torch.get_autocast_dtype(device_type))
         memory = narrow.untyped_storage().data_ptr()

@@ -39,7 +39,7 @@ def units_of(model: nn.Module, blocks: Sequence[nn.Module], plan: Plan) -> Seque
 
 
 def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, plan: Plan) -> FSDPModule:
-    """Shard `model` in place over `mesh` (its dims dp_replicate, dp_shard), each of `units` by itself, the rest as another.
+    """Shard `model` in place over `mesh` (its dims dp_replicate, dp_shard): each of `units`, and the rest as another.
 
     What FSDP2 cannot hold stays whole on every rank, and the caller averages its gradients: see
     `unshardable_parameters`; and what only units share with one another.

@@ -28,7 +28,10 @@ def verify_recipe(recipe: Recipe, nproc: int, *, steps: int = 3) -> Verdict:
 
 
 def case_of(recipe: Recipe, ranks: int, *, steps: int, accumulation: int) -> Case:
-    """The recipe on so many data-parallel ranks as a Case; its model is built plainly, since a deferred one has the same numbers."""
+    """The recipe on so many data-parallel ranks as a Case.
+
+    Its model is built plainly, since a deferred one has the same numbers.
+    """
     plain = replace(recipe, model=replace(recipe.model, deferred=False))
     return Case(
         build=functools.partial(build_model, plain, Given()),

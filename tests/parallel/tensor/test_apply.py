@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 
 import pytest
-import torch
 from oracle import plain_trace, traces
 from rank_pool import RankPools
 from split_models import PARTS, adamw, build, loss, tokens

@@ -41,7 +41,9 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def split_layers(model: nn.Module, mesh: DeviceMesh, whole: Sequence[str] = (), entry_points: Sequence[str] = ()) -> Split:
+def split_layers(
+    model: nn.Module, mesh: DeviceMesh, whole: Sequence[str] = (), entry_points: Sequence[str] = ()
+) -> Split:
     """Split the linear layers of `model` over `mesh` (one axis), in place; all ranks hold equal parameters before.
 
     Raises PlanError before anything is changed where that cannot be.
@@ -120,12 +122,14 @@ def settle_gradients(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if isinstance(parameter, DTensor) and not is_sharded(parameter) and parameter.requires_grad:
-            parameter.register_hook(_settled(parameter.placements))
+            parameter.register_hook(_settled(parameter.placements))  # type: ignore[no-untyped-call]
 
 
 def _settled(placements: Sequence[Placement]) -> Callable[[Tensor], Tensor]:
     def settle(gradient: Tensor) -> Tensor:
         assert isinstance(gradient, DTensor)
-        return gradient if tuple(gradient.placements) == tuple(placements) else gradient.redistribute(placements=placements)
+        if tuple(gradient.placements) == tuple(placements):
+            return gradient
+        return gradient.redistribute(placements=placements)
 
     return settle

@@ -29,9 +29,9 @@ def split_attention(
     """
     if not _has_heads(mesh, query, key, value, attn_mask, options) or dropout_p > 0:
         return whole(query, key, value, attn_mask, dropout_p, **options)
-    local = [_heads(each) for each in (query, key, value)]
+    q, k, v = (_heads(each) for each in (query, key, value))
     mask = None if attn_mask is None else _mask(attn_mask, query.shape[-3])
-    mixed = torch.nn.functional.scaled_dot_product_attention(*local, mask, 0.0, **options)
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, **options)
     return DTensor.from_local(mixed, mesh, [Shard(mixed.ndim - 3)], run_check=False)
 
 

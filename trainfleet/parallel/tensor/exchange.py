@@ -15,9 +15,10 @@ def placed(array: DTensor, placement: Placement) -> DTensor:
     if tuple(array.placements) == (placement,):
         return array
     laid_out = array if array.is_contiguous() else array.contiguous()
-    result: DTensor = laid_out.redistribute(placements=[placement])
+    assert isinstance(laid_out, DTensor)
+    result = laid_out.redistribute(placements=[placement])
     if result.requires_grad:
-        result.register_hook(_contiguous)
+        result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -25,7 +26,7 @@ def local_of(array: DTensor, grad_placement: Placement | None = None) -> Tensor:
     """This rank's piece; `grad_placement` says what its gradient is a piece of, if not of an equal placement."""
     local = array.to_local(grad_placements=None if grad_placement is None else [grad_placement])
     if local.requires_grad:
-        local.register_hook(_contiguous)
+        local.register_hook(_contiguous)  # type: ignore[no-untyped-call]
     return local
 
 

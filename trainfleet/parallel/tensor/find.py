@@ -75,9 +75,8 @@ def _find(
     module: nn.Module, name: str, is_root: bool, left_whole: set[nn.Module], found: list[Region]
 ) -> list[tuple[str, nn.Linear]]:
     """Add the regions in `module`; the linear layers that it has itself and that found no partner."""
-    if module in left_whole or any(isinstance(child, _BatchNorm) for child in module.children()):
-        if module in left_whole:
-            return []
+    if module in left_whole:
+        return []
     linears: list[tuple[str, nn.Linear]] = []
     for child_name, child in _called(module, name):
         if child in left_whole:
@@ -142,6 +141,8 @@ def _closes(columns: Sequence[nn.Linear], linear: nn.Linear, following: nn.Linea
     width = first.in_features
     if linear.in_features != width:
         return linear.out_features == width or (len(columns) == 1 and linear.in_features == first.out_features)
+    if len(columns) == 2 and all(each.out_features == width for each in (*columns, linear)):
+        return False  # three alike are q, k and v
     if linear.out_features != width or following is None:
         return linear.out_features == width
     is_sibling = following.in_features == following.out_features == width

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
 from trainfleet.batch import arrays, map_arrays
@@ -25,13 +25,15 @@ from trainfleet.parallel.tensor.exchange import placed, whole_of
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = {"bernoulli", "multinomial", "normal", "poisson", "binomial", "rand_like", "randn_like", "randint_like"} | {
+_RANDOM = {
+    *("bernoulli", "multinomial", "normal", "poisson", "binomial", "rand_like", "randn_like", "randint_like"),
     *("alpha_dropout", "feature_alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("rrelu", "gumbel_softmax", "native_dropout", "multi_head_attention_forward"),
 }
 """They draw numbers, one for each element of the whole: every rank draws all of them, from equal generators."""
-_RANDOM_IN_PLACE = {"bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "geometric_", "rrelu_"} | {
-    *("log_normal_", "alpha_dropout_", "feature_alpha_dropout_", "dropout_")
+_RANDOM_IN_PLACE = {
+    *("bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"),
+    *("rrelu_", "dropout_", "alpha_dropout_", "feature_alpha_dropout_"),
 }
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.scaled_dot_product_attention: split_attention,
@@ -72,10 +74,24 @@ def _whole(tensor: Any) -> Any:
 
 
 def _settled(tensor: Any) -> Any:
-    """Sums that are still spread over the ranks are taken at once, so that there are only pieces and copies."""
-    if not isinstance(tensor, DTensor) or all(type(p) in (Shard, Replicate) for p in tensor.placements):
+    """Sums that are still spread over the ranks are taken at once, so that there are only pieces and copies.
+
+    A gradient comes back as the tensor was placed: torch places what meets another placement anew without telling
+    autograd, and the views of backward may not be possible there.
+    """
+    if not isinstance(tensor, DTensor):
         return tensor
-    return placed(tensor, Replicate())
+    if type(tensor.placements[0]) not in (Shard, Replicate):
+        tensor = placed(tensor, Replicate())
+    if tensor.requires_grad and not tensor.is_leaf:
+        tensor.register_hook(functools.partial(_as_placed, tensor.placements[0]))  # type: ignore[no-untyped-call]
+    return tensor
+
+
+def _as_placed(placement: Placement, gradient: Tensor) -> Tensor:
+    if isinstance(gradient, DTensor) and gradient.placements[0].is_shard() and gradient.placements[0] != placement:
+        return placed(gradient, placement)
+    return gradient
 
 
 class _OnPieces(TorchFunctionMode):
@@ -138,8 +154,8 @@ class _OnPieces(TorchFunctionMode):
     def _refusal(self, called: str) -> PlanError:
         name = self._name or "the model"
         return PlanError(
-            f"{name} calls {called} on a tensor that is split over the {self._mesh.size()} ranks of plan.tp, which torch "
-            f"cannot do in place. Call the form that returns a new tensor, or keep the module whole: "
+            f"{name} calls {called} on a tensor that is split over the {self._mesh.size()} ranks of plan.tp, which "
+            "torch cannot do in place. Call the form that returns a new tensor, or keep the module whole: "
             f"plan.tp_whole=[{name}]."
         )
 
@@ -159,5 +175,7 @@ def _mapped(function: Callable[[Any], Any], result: Any) -> Any:
 def _writes(called: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function of torch changes its first argument."""
     if called.startswith("__"):
-        return called == "__setitem__" or (called.startswith("__i") and called not in ("__int__", "__index__", "__invert__"))
+        return called == "__setitem__" or (
+            called.startswith("__i") and called not in ("__int__", "__index__", "__invert__")
+        )
     return called.endswith("_") or kwargs.get("out") is not None
