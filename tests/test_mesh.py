@@ -188,9 +188,29 @@ def test_fsdp_trains_on_its_device_mesh_as_one_process_does(ranks):
             torch.testing.assert_close(weights, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp"])
-def test_axes_that_torch_models_have_not_yet_are_refused(axis):
+def test_an_axis_that_torch_models_have_not_yet_is_refused():
     from trainfleet.mesh import Mesh
 
-    with pytest.raises(PlanError, match=rf"plan\.{axis} is 2, but torch models.*trainfleet\.mpi"):
-        Mesh.from_env(Plan(**{axis: 2}))
+    with pytest.raises(PlanError, match=r"plan\.pp is 2, but torch models.*trainfleet\.mpi"):
+        Mesh.from_env(Plan(pp=2))
+
+
+def of_split_layers(plan):
+    from trainfleet.mesh import Mesh
+
+    with Mesh.from_env(plan, device="cpu") as mesh:
+        assert mesh.torch.mesh_dim_names == ("dp_replicate", "dp_shard", "tp")
+        assert mesh.world_size == mesh.world.size == 4 and mesh.world.rank == mesh.rank
+        return tuple(group.exchange(mesh.rank) for group in (mesh["tp"], mesh["dp_shard"], mesh.data_axes, mesh.world))
+
+
+@pytest.mark.parametrize(
+    ("plan", "shards"), [(Plan(tp=2), False), (Plan(tp=2, zero=3), True), (Plan(tp=4), False)], ids=str
+)
+def test_ranks_that_share_layers_sit_side_by_side_and_see_the_same_data(ranks, plan, shards):
+    for rank, (layers, sharded, data, world) in enumerate(ranks(4, of_split_layers, plan)):
+        first = rank // plan.tp * plan.tp
+        assert layers == list(range(first, first + plan.tp))
+        assert data == list(range(rank % plan.tp, 4, plan.tp))
+        assert sharded == (data if shards else [rank])
+        assert world == [0, 1, 2, 3]

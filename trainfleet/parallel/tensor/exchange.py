@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
@@ -18,7 +20,7 @@ def placed(array: DTensor, placement: Placement) -> DTensor:
     assert isinstance(laid_out, DTensor)
     result = laid_out.redistribute(placements=[placement])
     if result.requires_grad:
-        result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+        result.register_hook(functools.partial(_returned, placement))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -33,6 +35,12 @@ def local_of(array: DTensor, grad_placement: Placement | None = None) -> Tensor:
 def whole_of(array: DTensor) -> Tensor:
     """The whole, on every rank; gradients are equal on all of them."""
     return local_of(placed(array, Replicate()))
+
+
+def _returned(placement: Placement, gradient: Tensor) -> Tensor:
+    """Placed as what it is the gradient of: torch 2.13 cannot turn a sum into the part of a mean."""
+    gradient = gradient.contiguous()
+    return placed(gradient, placement) if isinstance(gradient, DTensor) else gradient
 
 
 def _contiguous(gradient: Tensor) -> Tensor:

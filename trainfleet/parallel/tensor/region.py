@@ -1,7 +1,7 @@
 """A region computes on pieces: whole tensors come in, DTensors are computed with, whole tensors go out.
 
 User code keeps saying `view(B, T, heads, width)` with the numbers of the whole model, for DTensors have the shape of
-the whole. What torch cannot split is computed whole on every tensor-parallel rank, so the result is right always.
+the whole. Functions that are not known to be right on pieces (functions.py) are computed whole on every rank.
 """
 
 from __future__ import annotations
@@ -22,23 +22,17 @@ from trainfleet.errors import PlanError
 from trainfleet.parallel.tensor.attention import split_attention
 from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import placed, whole_of
+from trainfleet.parallel.tensor.functions import chunk, iterate, split, splits, unbind
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = {
-    *("bernoulli", "multinomial", "normal", "poisson", "binomial", "rand_like", "randn_like", "randint_like"),
-    *("alpha_dropout", "feature_alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"),
-    *("rrelu", "gumbel_softmax", "native_dropout", "multi_head_attention_forward"),
-}
-"""They draw numbers, one for each element of the whole: every rank draws all of them, from equal generators."""
-_RANDOM_IN_PLACE = {
-    *("bernoulli_", "uniform_", "normal_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"),
-    *("rrelu_", "dropout_", "alpha_dropout_", "feature_alpha_dropout_"),
-}
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.scaled_dot_product_attention: split_attention,
-    torch.nn.functional.dropout: split_dropout,
-    torch.dropout: split_dropout,
+    **dict.fromkeys((torch.nn.functional.dropout, torch.dropout), split_dropout),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), chunk),
+    **dict.fromkeys((torch.split, Tensor.split), split),
+    **dict.fromkeys((torch.unbind, Tensor.unbind), unbind),
+    Tensor.__iter__: iterate,
 }
 """They get (mesh, compute whole, arguments of the function …) and have rules of their own."""
 
@@ -48,7 +42,7 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Calla
     said: set[str] = set()
 
     @functools.wraps(forward)
-    def split(*args: Any, **kwargs: Any) -> Any:
+    def computed(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
             return forward(*args, **kwargs)  # inside another region
         args, kwargs = map_arrays(functools.partial(_copied, mesh), (args, kwargs))
@@ -56,7 +50,7 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Calla
             output = forward(*args, **kwargs)
         return map_arrays(_whole, output)
 
-    return split
+    return computed
 
 
 def _copied(mesh: DeviceMesh, tensor: Any) -> Any:
@@ -109,8 +103,6 @@ class _OnPieces(TorchFunctionMode):
             return func(*args, **kwargs)
         called = getattr(func, "__name__", str(func))
         in_place = _writes(called, kwargs)
-        if in_place and called in _RANDOM_IN_PLACE:
-            return self._draw_in_place(func, called, args, kwargs)
         if in_place and not isinstance(args[0], DTensor):
             args, kwargs = map_arrays(_whole, (args, kwargs))
             return func(*args, **kwargs)
@@ -118,44 +110,44 @@ class _OnPieces(TorchFunctionMode):
             args, kwargs = map_arrays(functools.partial(_copied, self._mesh), (args, kwargs))
         if (rule := _SPECIAL.get(func)) is not None:
             whole = functools.partial(self._compute_whole, func)
-            return rule(self._mesh, whole, *args, **kwargs)
-        if called in _RANDOM:
-            return self._compute_whole(func, *args, **kwargs)
-        try:
-            return _mapped(_settled, func(*args, **kwargs))
-        except Exception as exc:
-            if in_place:
-                raise self._refusal(called) from exc
-            return self._fall_back(func, called, args, kwargs)
-
-    def _fall_back(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
-        """What torch cannot split; where the whole fails too, that is the error of the model itself."""
+            return _mapped(_settled, rule(self._mesh, whole, *args, **kwargs))
+        if in_place:
+            return self._change(func, called, args, kwargs)
+        if splits(called, args):
+            try:
+                return _mapped(_settled, func(*args, **kwargs))
+            except Exception as exc:  # where the whole fails too, that is the error of the model itself
+                logger.debug("%s in %s: %s", called, self._name, exc)
         result = self._compute_whole(func, *args, **kwargs)
-        if called not in self._said:
+        if called not in self._said and any(array.placements[0].is_shard() for array in pieces):
             self._said.add(called)
-            logger.info("torch cannot split %s in %s; each rank computes it whole.", called, self._name or "the model")
+            logger.info("%s in %s is computed whole by each rank.", called, self._name or "the model")
         return result
 
     def _compute_whole(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_arrays(_whole, (args, kwargs))
         return _mapped(functools.partial(_copied, self._mesh), func(*args, **kwargs))
 
-    def _draw_in_place(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
+    def _change(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
+        """A function that changes its first argument. What is not split is done on copies that need no gradient."""
         target = args[0]
-        if not isinstance(target, DTensor):
-            args, kwargs = map_arrays(_whole, (args, kwargs))
-            return func(*args, **kwargs)
-        if not all(placement.is_replicate() for placement in target.placements):
+        if splits(called, args):
+            try:
+                return func(*args, **kwargs)
+            except Exception as exc:
+                raise self._refusal(called) from exc
+        needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arrays((args, kwargs)))
+        if needs_gradient or not target.placements[0].is_replicate():
             raise self._refusal(called)
-        local, kwargs = map_arrays(_whole, (args, kwargs))
-        func(*local, **kwargs)
+        args, kwargs = map_arrays(_whole, (args, kwargs))
+        func(*args, **kwargs)
         return target
 
     def _refusal(self, called: str) -> PlanError:
         name = self._name or "the model"
         return PlanError(
             f"{name} calls {called} on a tensor that is split over the {self._mesh.size()} ranks of plan.tp, which "
-            "torch cannot do in place. Call the form that returns a new tensor, or keep the module whole: "
+            "cannot be done in place. Call the form that returns a new tensor, or keep the module whole: "
             f"plan.tp_whole=[{name}]."
         )
 
