@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trainfleet.comm.threads import run_ranks
@@ -37,6 +38,15 @@ def test_ranks_that_end_well_leave_no_word(capfd):
     run_ranks(3, lambda group: Watchdog(group).end_well())
     time.sleep(0.5)
     assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_has_ended_is_not_left_as_a_zombie():
+    before = set(psutil.Process().children())
+    run_ranks(2, lambda group: Watchdog(group).end_well())
+    ends = time.monotonic() + 10
+    while left := set(psutil.Process().children()) - before:
+        assert time.monotonic() < ends, left
+        time.sleep(0.02)
 
 
 PROGRAM = """
