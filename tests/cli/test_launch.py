@@ -89,3 +89,19 @@ def test_what_the_recipe_names_is_looked_for_here_unless_it_is_only_there(capsys
     assert launch("slurm", "tiny.yaml", *flags) == 2
     assert "only_in_the_image" in capsys.readouterr().err
     assert launch("slurm", "tiny.yaml", *flags, "--no-check") == 0
+
+
+def test_kubernetes_writes_a_recipe_that_pods_can_load(capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    flags = ["--image", "registry/train:1", "--claim", "runs", "--nodes", "2", "--no-check"]
+    assert launch("kubernetes", "tiny.yaml", *flags, "train.steps=7") == 0
+    config_map, job_set = yaml.safe_load_all(capsys.readouterr().out)
+    Path("in_pod.yaml").write_text(config_map["data"]["recipe.yaml"])
+    assert "folder: /work/run\n" in config_map["data"]["recipe.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        main(["config", "show", "in_pod.yaml", "--yaml"])
+    assert not ended.value.code and "steps: 7" in capsys.readouterr().out
+    assert job_set["kind"] == "JobSet"
+    assert launch("kubernetes", "tiny.yaml", *flags, "--kind", "deployment") == 8
+    assert "The kind is 'deployment'; allowed: jobset, pytorchjob." in capsys.readouterr().err
