@@ -17,8 +17,6 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 TRAIN = ["trainfleet", "train", "recipe.yaml"]
 pytestmark = pytest.mark.cluster
 needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python: pip install mpich")
-    not MPIEXEC.exists(), reason="there is no mpiexec beside this Python: pip install mpich"
-)
 
 
 @pytest.fixture
