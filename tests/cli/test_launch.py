@@ -105,3 +105,20 @@ def test_kubernetes_writes_a_recipe_that_pods_can_load(capsys: pytest.CaptureFix
     assert job_set["kind"] == "JobSet"
     assert launch("kubernetes", "tiny.yaml", *flags, "--kind", "deployment") == 8
     assert "The kind is 'deployment'; allowed: jobset, pytorchjob." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "Name the hosts by --hosts A,B or by --hosts-file FILE"),
+        (["--hosts", "a", "--hosts-file", "b"], "one of the two"),
+        (["--hosts", "a,a"], "The host a is listed 2 times"),
+        (["--hosts", "a,b", "--rendezvous", "a"], "The rendezvous is 'a'; write host:port"),
+        (["--hosts-file", "none"], "The list of hosts none cannot be read"),
+    ],
+)
+def test_ssh_refuses_what_it_cannot_reach_before_it_connects(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("ssh", "tiny.yaml", "--no-check", *flags) == 8
+    assert words in capsys.readouterr().err

@@ -91,7 +91,10 @@ def test_every_pod_runs_the_launcher_of_its_host(kind: str) -> None:
     assert container["resources"]["limits"] == {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": "4"}
     assert container["name"] == {"jobset": "trainfleet", "pytorchjob": "pytorch"}[kind]
     used = {variable for word in container["command"] for variable in re.findall(r"\$\((\w+)\)", word)}
-    assert used == {variable["name"] for variable in container["env"]}
+    env = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert used == {"NODE_RANK"} and env == {"NODE_RANK": None, "OMP_NUM_THREADS": "4"}  # 16 cores for 4 ranks
+    (container,) = pod_template(made(kind, Pods(image="a", claim="b")))["spec"]["containers"]
+    assert [variable["name"] for variable in container["env"]] == ["NODE_RANK"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

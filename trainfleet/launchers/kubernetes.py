@@ -181,12 +181,20 @@ def _pytorch_job(command: Command, pods: Pods) -> Manifest:
     }
 
 
+def _threads(command: Command, pods: Pods) -> list[Manifest]:
+    """A limit of cores is a share of time: the pod sees all cores of its node, and would start a thread for each."""
+    if pods.cpus is None or not pods.cpus.isdigit():
+        return []
+    return [{"name": "OMP_NUM_THREADS", "value": str(max(1, int(pods.cpus) // command.nproc_per_node))}]
+
+
 def _template(
     command: Command, pods: Pods, *, container: str, number: str, first: str, restart: str | None
 ) -> Manifest:
     """The pod of one host, whose number the controller writes where `number` says."""
     asked = {"cpu": pods.cpus, "memory": pods.memory, pods.gpu_resource: str(pods.gpus) if pods.gpus else None}
     resources = {name: value for name, value in asked.items() if value is not None}
+    node_rank = {"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": number}}}
     spec: Manifest = {
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "containers": [
@@ -195,7 +203,7 @@ def _template(
                 "image": pods.image,
                 # No shell in between: SIGTERM reaches the launcher, and nothing else.
                 "command": command.arguments(node_rank="$(NODE_RANK)", rendezvous=f"{first}:{DEFAULT_PORT}"),
-                "env": [{"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": number}}}],
+                "env": [node_rank, *_threads(command, pods)],
                 # The name is the one that Kubeflow's operator looks for, and as good as any other.
                 "ports": [{"name": "pytorchjob-port", "containerPort": DEFAULT_PORT}],
                 "resources": {"requests": resources, "limits": dict(resources)},
