@@ -56,7 +56,7 @@ import numpy as np
 from trainfleet.errors import PlanError
 from trainfleet.mpi import world
 
-with world(timeout=timedelta(seconds=1)) as group:
+with world(timeout=timedelta(seconds={seconds})) as group:
     for step in range(3):
         if group.rank == 1 and step == 1:
             {act}
@@ -64,13 +64,13 @@ with world(timeout=timedelta(seconds=1)) as group:
 """
 
 
-def under_mpiexec(act, size=3):
+def under_mpiexec(act, size=3, seconds=30):
     pytest.importorskip("mpi4py", reason="MPI is not installed: pip install 'trainfleet[mpi]'")
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip("there is no mpiexec beside this Python: pip install mpich")
     began = time.monotonic()
-    command = [str(mpiexec), "-n", str(size), sys.executable, "-c", PROGRAM.format(act=act)]
+    command = [str(mpiexec), "-n", str(size), sys.executable, "-c", PROGRAM.format(act=act, seconds=seconds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
@@ -84,7 +84,7 @@ def test_a_rank_that_is_killed_is_named_though_mpiexec_kills_the_others():
 
 @pytest.mark.cluster
 def test_a_rank_that_hangs_is_named_at_the_deadline():
-    code, said, seconds = under_mpiexec("time.sleep(30)")
+    code, said, seconds = under_mpiexec("time.sleep(30)", seconds=3)
     assert code == 9 and seconds < 20, "the exit code is that of PeerError"
     assert "rank 1 did not come and did not answer" in said
     assert "failed first: PeerError: Rank " in said

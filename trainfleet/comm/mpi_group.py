@@ -39,9 +39,9 @@ Steps: TypeAlias = Iterator[Any]
 
 _LINE = 64  # bytes of a signature; a longer one ends with its checksum
 _SHARE_BYTES = 1 << 18  # of each rank in a part of a sum: the caches hold what it adds up (benchmarks/mpi_average.py)
-_SHARE_BYTES_IN_TURNS = 1 << 20  # where ranks take turns on the cores: each part costs them a turn
+_SHARE_BYTES_IN_TURNS = 1 << 21  # where ranks take turns on the cores: each part costs them a turn
 _FEW = 16  # ranks; among more, shares would be many and small, and MPI's own sums know the network
-_SPIN_SECONDS = 2e-3  # without progress, before the naps begin
+_SPIN_SECONDS = 2e-2  # without progress, before the naps begin
 _NAP_SECONDS = 2e-5
 _LINE_TAG, _ARRAY_TAG = 1, 2
 _abandoned: list[Any] = []  # MPI may still write into what nobody waits for: it lives as long as the process
