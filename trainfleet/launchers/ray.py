@@ -216,8 +216,7 @@ class _Host:
 
     def place(self) -> tuple[str, int]:
         """Where the others find this host, and a port that is free here."""
-        import ray
-
+        ray: Any = require("ray", "ray")
         with socket.socket() as trial:
             trial.bind(("", 0))
             return str(ray.util.get_node_ip_address()), int(trial.getsockname()[1])

@@ -165,17 +165,17 @@ def _supervise(ends: Sequence[_End], say: Say) -> int:
     with signals_to(lambda: heard.put((None, None))):
         while going:
             try:
-                end, line = heard.get(timeout=stopping.act(going))
+                source, line = heard.get(timeout=stopping.act(going))
             except queue.Empty:
                 continue
-            if end is None:
+            if source is None:
                 stopping.interrupted()
             elif line is not None:
-                say(f"[{end.host.name:{width}}] {line}")
+                say(f"[{source.host.name:{width}}] {line}")
             else:
-                going.remove(end)
-                if end.process.returncode:
-                    stopping.note(end)
+                going.remove(source)
+                if source.process.returncode:
+                    stopping.note(source)
     return stopping.code()
 
 
