@@ -140,6 +140,7 @@ def holds_for_jax(results, expected):
         assert kinds == {"ArrayImpl"}
 
 
+@pytest.mark.matrix
 def test_a_model_of_jax_arrays_trains_as_one_of_numpy_and_stays_jax(expected):
     """JAX compiles each operator for each shape, which takes longer than all else here."""
     pytest.importorskip("jax", reason="JAX is not installed: pip install 'trainfleet[jax]'")
