@@ -33,6 +33,7 @@ def test_mpiexec_trains_with_the_same_losses_to_the_bit(job: Job) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.matrix
 def test_under_mpiexec_a_rank_that_fails_is_told_and_ends_the_job(job: Job) -> None:
     process = job.start([str(MPIEXEC), "-n", "2", *TRAIN, "data.source=learner:Breaks", "train.steps=50"])
     said, _ = process.communicate(timeout=90)
@@ -61,6 +62,7 @@ def test_processes_with_the_variables_of_srun_train_with_the_same_losses_to_the_
     assert job.losses() == plain_losses()
 
 
+@pytest.mark.matrix
 def test_two_processes_with_one_rank_are_told_so(job: Job) -> None:
     step = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "28431"}
     processes = [job.start(TRAIN, env={**step, "RANK": rank}) for rank in ("0", "1", "1")]

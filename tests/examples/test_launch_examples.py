@@ -25,6 +25,7 @@ def run(folder: Path, *command: str) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_two_processes_of_mpiexec_train(tmp_path: Path) -> None:
     if not (BIN / "mpiexec").exists():
         pytest.skip("there is no mpiexec beside this Python: pip install mpich")

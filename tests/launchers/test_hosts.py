@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainfleet.errors import LaunchError
-from trainfleet.launchers.hosts import Host, nproc_of, read_hosts, read_hosts_file
+from trainfleet.launchers.hosts import Host, check_meeting, nproc_of, read_hosts, read_hosts_file
 
 
 def test_names_users_and_slots() -> None:
@@ -33,7 +33,6 @@ def test_a_file_in_either_manner(tmp_path: Path) -> None:
         ("", "The list of hosts is empty"),
         ("a,b,a", "The host a is listed 2 times. List it once"),
         ("ann@a,bob@a", "The host a is listed 2 times"),
-        ("localhost,node-1", "The first host is localhost, which every other host takes for itself"),
         ("-oProxyCommand=x", "is no host"),
         ("a;rm,b", "is no host"),
         ("a:many", "is no host"),
@@ -42,6 +41,13 @@ def test_a_file_in_either_manner(tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_refused(words: str, complaint: str) -> None:
     with pytest.raises(LaunchError, match=complaint):
         read_hosts(words)
+
+
+def test_a_place_that_each_host_takes_for_itself_is_refused() -> None:
+    with pytest.raises(LaunchError, match="The hosts are to meet at localhost, which each of them takes for itself"):
+        check_meeting("localhost", read_hosts("localhost,node-1"))
+    check_meeting("127.0.0.1", read_hosts("127.0.0.1,127.0.0.2"))  # all are this host
+    check_meeting("node-0", read_hosts("localhost,node-1"))
 
 
 def test_unlike_slots_are_named() -> None:

@@ -191,6 +191,7 @@ def await_step(job: Job, step: int, seconds: float = 60) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_told_that_the_time_is_nearly_over_it_saves_and_queues_again_and_then_goes_on(pretended: Job) -> None:
     slow = ["data.source=learner:Slow", "checkpoint.every=1000", "train.steps=40", "checkpoint.resume=never"]
     (pretended.folder / "job.sh").write_text(script(pretended, overrides=slow))
@@ -238,6 +239,7 @@ def await_state(cluster: Cluster, job: Job, number: str, state: str, seconds: fl
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_slurm_itself_trains_on_two_nodes_saves_when_told_and_goes_on(
     cluster: Cluster, job: Job, plain: dict[int, float], tmp_path: Path
 ) -> None:

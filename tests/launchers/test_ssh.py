@@ -85,6 +85,7 @@ def test_two_hosts_train_as_one_does_and_what_they_say_bears_their_names(near: J
     assert ours(near) == []
 
 
+@pytest.mark.matrix
 def test_a_host_that_fails_ends_the_others_and_is_named(near: Job) -> None:
     process = near.start(launch("--hosts", "127.0.0.1,127.0.0.2", "data.source=learner:Breaks", "train.steps=50"))
     said, _ = process.communicate(timeout=90)
@@ -95,6 +96,7 @@ def test_a_host_that_fails_ends_the_others_and_is_named(near: Job) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+@pytest.mark.matrix
 def test_the_end_of_the_launcher_is_the_end_everywhere(near: Job, number: signal.Signals) -> None:
     slow = ["data.source=learner:Slow", "train.steps=400", "checkpoint.every=1000"]
     process = near.start(launch("--hosts", "127.0.0.1,127.0.0.2", *slow))
@@ -106,8 +108,10 @@ def test_the_end_of_the_launcher_is_the_end_everywhere(near: Job, number: signal
     assert [path.name for path in (near.folder / "run" / "checkpoints").glob("step-*")], "it saved before it ended"
 
 
+@pytest.mark.matrix
 def test_an_unreachable_host_is_named_and_nothing_is_started(near: Job) -> None:
-    process = near.start(launch("--hosts", "127.0.0.1,unreachable"))
+    words = ["trainfleet", "launch", "ssh", "recipe.yaml", "--hosts", "near,unreachable", "--no-check"]
+    process = near.start([*words, "--rendezvous", f"{socket.gethostname()}:{port()}"])
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 8
     assert "trainfleet: ssh does not reach unreachable: ssh: connect to host unreachable port 22: No route" in said
@@ -171,6 +175,7 @@ def far(tmp_path: Path) -> Iterator[Job]:
     daemon.wait(10)
 
 
+@pytest.mark.matrix
 def test_over_a_real_sshd_it_trains_and_leaves_nothing_behind(far: Job, plain: dict[int, float]) -> None:
     far.run(launch("--hosts", "127.0.0.1,127.0.0.2"))
     assert far.losses() == plain

@@ -151,7 +151,7 @@ def ssh(
 ) -> None:
     """Train on hosts that ssh reaches without a password, and stay until the run has ended on all of them."""
     from trainfleet.comm.environment import DEFAULT_PORT
-    from trainfleet.launchers.hosts import nproc_of, read_hosts, read_hosts_file
+    from trainfleet.launchers.hosts import check_meeting, nproc_of, read_hosts, read_hosts_file
     from trainfleet.launchers.ssh import Far, run_over_ssh
 
     if (hosts is None) == (hosts_file is None):
@@ -163,6 +163,7 @@ def ssh(
     )
     _check(recipe, command, overrides, code_is_here=check)
     first, port = _endpoint(rendezvous) if rendezvous else (listed[0].name, DEFAULT_PORT)
+    check_meeting(first, listed)
     far = Far(directory=directory or str(Path.cwd()), python=python, first=first, port=port)
     raise typer.Exit(run_over_ssh(command, listed, far, say=lambda line: print(line, flush=True)))
 

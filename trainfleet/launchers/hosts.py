@@ -68,7 +68,7 @@ def nproc_of(hosts: Sequence[Host], nproc: int | None) -> int:
 
 
 def checked_hosts(hosts: list[Host]) -> list[Host]:
-    """The hosts; LaunchError where there is none, one is listed twice, or the first cannot be reached by the others."""
+    """The hosts; LaunchError where there is none, or one is listed twice."""
     if not hosts:
         raise LaunchError("The list of hosts is empty. Name at least one.")
     names = [host.name for host in hosts]
@@ -77,12 +77,16 @@ def checked_hosts(hosts: list[Host]) -> list[Host]:
             raise LaunchError(
                 f"The host {name} is listed {names.count(name)} times. List it once, and raise --nproc-per-node."
             )
-    if is_loopback(names[0]) and not all(is_loopback(name) for name in names):
-        raise LaunchError(
-            f"The first host is {names[0]}, which every other host takes for itself. The run meets at the first: "
-            "call it by a name that the others know."
-        )
     return hosts
+
+
+def check_meeting(first: str, hosts: Sequence[Host]) -> None:
+    """LaunchError where the hosts are to meet at an address that each would take for its own."""
+    if is_loopback(first) and not all(is_loopback(host.name) for host in hosts):
+        raise LaunchError(
+            f"The hosts are to meet at {first}, which each of them takes for itself.",
+            hint="List the first host by a name that the others know, or name a place by --rendezvous HOST:PORT.",
+        )
 
 
 def _host(word: str, where: str) -> Host:

@@ -104,15 +104,14 @@ def _run(ray: Any, command: Command, cluster: Cluster, group: Any, say: Say) -> 
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = group.bundle_specs[0]
-    actor = ray.remote(_Host).options(
-        num_cpus=bundle["CPU"],
-        num_gpus=bundle.get("GPU", 0),
-        max_concurrency=3,  # lines flow while it is told to end
-        max_restarts=0,
-    )
+    actor = ray.remote(_Host)
     hosts = [
         actor.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=3,  # lines flow while it is told to end
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
         ).remote()
         for number in range(command.nodes)
     ]
