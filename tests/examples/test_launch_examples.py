@@ -36,7 +36,7 @@ def test_two_processes_of_mpiexec_train(tmp_path: Path) -> None:
 def test_the_files_for_clusters_are_written(tmp_path: Path) -> None:
     run(tmp_path, str(EXAMPLES / "launch_files.sh"), str(tmp_path / "files"), "train.steps=7")
     script = (tmp_path / "files" / "job.sh").read_text()
-    assert "#SBATCH --gpus-per-node=4\n" in script and "train.steps=7" in script
+    assert "#SBATCH --gpus-per-node=2\n" in script and "train.steps=7" in script
     for kind, name in {"JobSet": "jobset", "PyTorchJob": "pytorchjob"}.items():
         made = list(yaml.safe_load_all((tmp_path / "files" / f"{name}.yaml").read_text()))
         assert [each["kind"] for each in made] == ["ConfigMap", "PersistentVolumeClaim", kind]

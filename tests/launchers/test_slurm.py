@@ -186,7 +186,8 @@ def test_with_a_pretended_srun_the_script_trains_as_one_host_does(pretended: Job
 def await_step(job: Job, step: int, seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while not (job.folder / "run" / "metrics.jsonl").exists() or step not in job.losses():
-        assert time.monotonic() < ends, f"step {step} was not reached"
+        said = "".join(path.read_text() for path in job.folder.glob("slurm-*.out"))
+        assert time.monotonic() < ends, f"step {step} was not reached: {said}"
         time.sleep(0.05)
 
 
