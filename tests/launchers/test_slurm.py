@@ -258,7 +258,8 @@ def test_slurm_itself_trains_on_two_nodes_saves_when_told_and_goes_on(
     await_step(slow, 2)
     cluster.ask(["scancel", "--batch", "--signal=TERM", number])
     cluster.await_words(["scontrol", "show", "job", number], "Restarts=1")
-    cluster.ask(["scontrol", "update", f"JobId={number}", "StartTime=now"])  # SLURM itself would wait two minutes
+    time.sleep(8)  # for the nodes to be done with the first start; SLURM itself would wait two minutes
+    cluster.ask(["scontrol", "update", f"JobId={number}", "StartTime=now"])
     await_state(cluster, slow, number, "RUNNING")
     await_step(slow, max(slow.losses()) + 2, 120)
     cluster.ask(["scancel", "--batch", "--signal=INT", number])
