@@ -58,7 +58,7 @@ check: $(STAMP) ## lint, format, types, the import contract and the layout of th
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest tests/test_layout.py
 
-bench: $(BENCH_STAMP) ## measure beside the rivals on an idle machine, 8 minutes; tables in benchmarks/results/
+bench: $(BENCH_STAMP) ## measure beside the rivals on an idle machine, half an hour; tables in benchmarks/results/
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" $(if $(QUICK),--quick --results build/bench); done
 
 clean: ## remove caches, builds and .venv; runs/ is yours and stays

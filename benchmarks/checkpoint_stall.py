@@ -7,6 +7,10 @@ it, in turns and in another order each round. Ordinary steps are timed, then one
 those until it is committed. Apart from that each saves once while the loop waits: that is the time to commit. All keep
 the memory that they copy into, and all fsync. DCP is torch.distributed.checkpoint, async in a thread or in a process
 (its copy then lies in shared memory). The plain write is each rank's bytes, in one file, with one fsync, from memory.
+The plain copy is that of the same tensors into memory that was got and touched before, tensor by tensor.
+
+The loop is measured twice: with the C library as it is, and with GLIBC_TUNABLES set so that it copies a megabyte and
+more past the caches. What is loaded again is in the page cache for all; ours compares every byte with its digest.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ from measuring.ranks import run_ranks
 from measuring.rounds import interval, ratios
 from measuring.table import RESULTS, Report, Table
 
-RAW, THREAD, PROCESS, OURS = "plain write", "DCP async, thread", "DCP async, process", "trainfleet"
-COPY = "a plain copy of the tensors"
+RAW, SYNC, THREAD, PROCESS, OURS = "plain write", "DCP sync", "DCP async, thread", "DCP async, process", "trainfleet"
+COPY = "a plain copy of the same bytes"
+PAST_CACHES = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=1048576"}
 BLOCKED_TARGET, COMMITTED_TARGET = 1 / 3, 1.5
 ORDINARY = 3
 """Ordinary steps before each save, whose median is what the save-step is compared with."""
@@ -45,22 +50,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--no-rivals", action="store_true", help="leave torch's checkpoints out")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--brief", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answer:
         on_rank(options)
         return
-    report = Report(name="checkpoint_stall", summary=__doc__.split("\n\n")[2].replace("\n", " "))
+    report = Report(name="checkpoint_stall", summary=" ".join(__doc__.split("\n\n", 2)[2].split()))
     arguments = ["--rounds", str(2 if options.quick else options.rounds)]
     arguments += ["--quick"] * options.quick + ["--no-rivals"] * options.no_rivals
-    answer = run_ranks(__file__, 2, arguments)
-    report.add(blocked_table(answer))
-    report.add(committed_table(answer))
+    usual = run_ranks(__file__, 2, arguments)
+    past = run_ranks(__file__, 2, [*arguments, "--brief"], also=PAST_CACHES)
+    report.add(blocked_table(usual, "the C library as it is"))
+    report.add(blocked_table(past, "large copies past the caches"))
+    report.add(committed_table(usual))
+    report.add(restored_table(usual))
     report.write(options.results)
 
 
-def blocked_table(answer: dict[str, Any]) -> Table:
+def blocked_table(answer: dict[str, Any], how: str) -> Table:
     turns = answer["turns"]
     asynchronous = [name for name in (THREAD, PROCESS) if name in turns]
     rows: list[Sequence[str | float | None]] = [[COPY, None, None, *_ms(answer["copies"]), None, None, None]]
@@ -89,7 +98,7 @@ def blocked_table(answer: dict[str, Any]) -> Table:
             f"{(calls[OURS] - floor) / (calls[best] - floor):.2f} of what {best} adds."
         )
     return Table(
-        title=f"The loop, {answer['bytes'] / 1e6:,.0f} MB over 2 ranks, {answer['rounds']} rounds",
+        title=f"The loop, {how}: {answer['bytes'] / 1e6:,.0f} MB over 2 ranks, {answer['rounds']} rounds",
         columns=["saved by", "blocked, ms", "95 %", "the call, ms", "95 %", "lost in all, ms", "95 %", "held, MB"],
         rows=rows,
         notes=notes,
@@ -114,6 +123,24 @@ def committed_table(answer: dict[str, Any]) -> Table:
             "From the call until the checkpoint stands, with digests (only ours has any) and fsyncs, while the loop "
             f"waits. trainfleet: {ratio:.2f} of the plain write (target: at most {COMMITTED_TARGET}). "
             "While training: the same with steps going on, in which all cores are busy."
+        ],
+    )
+
+
+def restored_table(answer: dict[str, Any]) -> Table:
+    restores = answer["restores"]
+    rows: list[Sequence[str | float | None]] = []
+    for name, seconds in restores.items():
+        found = ratios(seconds, restores[SYNC]) if SYNC in restores else None
+        low, high = interval(found) if found else (0.0, 0.0)
+        of_load = [statistics.median(found), f"{low:.2f} to {high:.2f}"] if found else [None, None]
+        rows.append([name, *_ms(seconds), *of_load])
+    return Table(
+        title=f"Back into the same 2 ranks, {answer['bytes'] / 1e6:,.0f} MB, {answer['rounds']} rounds",
+        columns=["restored by", "ms", "95 %", "of DCP load", "95 %"],
+        rows=rows,
+        notes=[
+            "Rank 0, until all ranks have it. trainfleet verifies every byte before it touches a state; DCP nothing."
         ],
     )
 
@@ -145,6 +172,8 @@ def on_rank(options: argparse.Namespace) -> None:
         num_bytes = sum(mesh.data_axes.exchange(bytes_of(loop)))
         shared = Path(mesh.data_axes.exchange(folder)[0])
         makers = makers_for(loop, mesh, shared, rivals=not options.no_rivals)
+        if options.brief:
+            makers = {name: maker for name, maker in makers.items() if name in (OURS, RAW, THREAD)}
         found = measure(makers, tensors_of(loop), lambda: loop.run(step), mesh, options.rounds)
         if mesh.is_main:
             options.answer.write_text(json.dumps({**found, "rounds": options.rounds, "bytes": num_bytes}))
@@ -182,6 +211,7 @@ def measure(
             commits[name].append(one_commit(savers[name], mesh))
             if name != RAW:
                 turns[name].append(one_turn(savers[name], step, mesh))
+    restores = measure_restores(savers, mesh, rounds)
     for saver in savers.values():
         saver.close()
     del turns[RAW], held[RAW]
@@ -191,8 +221,29 @@ def measure(
         "commits": commits,
         "turns": turns,
         "held": held,
+        "restores": restores,
         "step": statistics.median(steps),
     }
+
+
+def measure_restores(savers: dict[str, Any], mesh: Any, rounds: int) -> dict[str, list[float]]:
+    """Seconds to load what was saved last, by those that can; once before, so that it is in the page cache."""
+    able = {name: saver for name, saver in savers.items() if saver.restore is not None}
+    for saver in able.values():
+        saver.begin()()
+        mesh.data_axes.barrier()
+        saver.restore()
+    seconds: dict[str, list[float]] = {name: [] for name in able}
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(able), len(able)):
+            mesh.data_axes.barrier()
+            begun = time.perf_counter()
+            able[name].restore()
+            mesh.data_axes.barrier()
+            seconds[name].append(time.perf_counter() - begun)
+    for saver in able.values():
+        saver.tidy(mesh)
+    return seconds
 
 
 def one_commit(saver: Any, mesh: Any) -> float:

@@ -32,5 +32,8 @@ with world() as group:
         model, AdamW(learning_rate=3e-3), cross_entropy, batches(data.rank, data.size), mesh=mesh, micro_batches=4
     )
     losses = trainer.fit(options.steps)
+    held = trainer.spread.optimizer.memory_of_ranks()  # of those that share a copy of the model
     if mesh.is_main:
         print(f"{mesh}: loss {losses[0]:.5f} at first, {np.mean(losses[-10:]):.5f} at the end")
+        for rank, memory in enumerate(held):
+            print(f"shard {rank}: {memory.parameters:,} bytes of parameters, {memory.optimizer_state:,} of state")

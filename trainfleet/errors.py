@@ -8,7 +8,8 @@
     ├── StoreError             6   the named bytes could not be read or written
     │   └── NotStored          6   there is nothing under that name
     ├── CheckpointError        7   a checkpoint is damaged, foreign or does not fit
-    │   └── DamageFound       14   `checkpoint verify` read bytes that are not those that were written
+    │   ├── DamageFound       14   `checkpoint verify` read bytes that are not those that were written
+    │   └── NotSaved          15   a run came to its end, and its last checkpoint could not be saved
     ├── LaunchError            8   the processes of a run could not be started
     ├── PeerError              9   a peer is gone, late, or unlike us
     ├── RankFailed            10   a rank of a running job failed; the report names it
@@ -74,6 +75,12 @@ class DamageFound(CheckpointError):
     """Checkpoints were read to the last byte, and bytes are not those that were written."""
 
     exit_code = 14
+
+
+class NotSaved(CheckpointError):
+    """A run came to its end, and its last checkpoint could not be saved: the steps since the one before are lost."""
+
+    exit_code = 15
 
 
 class LaunchError(TrainfleetError):

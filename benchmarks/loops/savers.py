@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.tensor import DTensor
 
@@ -31,16 +32,24 @@ class Saver:
     """One way to save. `begin(number)` returns when the loop may go on, with what waits for the commit."""
 
     def __init__(
-        self, begin: Callable[[Path, int], Wait], folder: Path, close: Callable[[], object] = lambda: None
+        self,
+        begin: Callable[[Path, int], Wait],
+        folder: Path,
+        close: Callable[[], object] = lambda: None,
+        load: Callable[[Path, int], object] | None = None,
     ) -> None:
         self._begin = begin
         self._folder = folder
         self._number = 0
         self.close = close
+        self.restore = partial(self._load_last, load) if load else None
 
     def begin(self) -> Wait:
         self._number += 1
         return self._begin(self._place, self._number)
+
+    def _load_last(self, load: Callable[[Path, int], object]) -> None:
+        load(self._place, self._number)
 
     @property
     def _place(self) -> Path:
@@ -72,7 +81,10 @@ def ours(loop: Any, mesh: Any, folder: Path) -> Saver:
     checkpointer = Checkpointer(FileStore(folder), retention=Retention(last=9), group=mesh.data_axes)
     checkpointer.prepare(**loop.engine.state())
     return Saver(
-        lambda place, number: checkpointer.save(number, **loop.engine.state()).wait, folder, checkpointer.close
+        lambda place, number: checkpointer.save(number, **loop.engine.state()).wait,
+        folder,
+        checkpointer.close,
+        lambda place, number: checkpointer.restore(number, **loop.engine.state()),
     )
 
 
@@ -97,7 +109,12 @@ def dcp_sync(loop: Any, folder: Path) -> Saver:
         dcp.save(state_for_dcp(loop), checkpoint_id=place)
         return lambda: None
 
-    return Saver(begin, folder)
+    def load(place: Path, number: int) -> None:
+        state = state_for_dcp(loop)
+        dcp.load(state, checkpoint_id=place)
+        set_state_dict(loop.model, loop.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    return Saver(begin, folder, load=load)
 
 
 def dcp_async(loop: Any, folder: Path, kind: str) -> Saver:
@@ -146,6 +163,6 @@ def copier(tensors: list[Tensor]) -> Callable[[], None]:
 
     def copy() -> None:
         for mine, theirs in zip(copies, tensors):
-            mine.copy_(theirs)
+            ctypes.memmove(mine.data_ptr(), theirs.data_ptr(), mine.nbytes)
 
     return copy

@@ -50,9 +50,11 @@ def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -
 
 @pytest.mark.cluster
 def test_checkpoints_are_timed_beside_a_plain_write(tmp_path: Path) -> None:
-    loop, commit = tables("checkpoint_stall", tmp_path, "--no-rivals")
-    assert [row[0] for row in loop["rows"]] == ["a plain copy of the tensors", "trainfleet"]
+    loop, past_caches, commit, back = tables("checkpoint_stall", tmp_path, "--no-rivals")
+    for table in (loop, past_caches):
+        assert [row[0] for row in table["rows"]] == ["a plain copy of the same bytes", "trainfleet"]
     assert {row[0] for row in commit["rows"]} == {"trainfleet", "plain write"}
+    assert [row[0] for row in back["rows"]] == ["trainfleet"]
 
 
 def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:

@@ -53,3 +53,22 @@ def test_what_is_not_a_number_is_never_the_best():
 def test_what_keeps_nothing_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Retention(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "removed"),
+    [
+        ([], [1, 2, 3]),
+        ([4], [1, 2]),  # the last two that count are 3 and 5
+        ([3, 4], [1]),
+        ([2, 3], [1, 2, 3]),  # nothing is gained by keeping them
+    ],
+)
+def test_damaged_ones_do_not_count_among_the_last(damaged, removed):
+    assert Retention(last=2).removable([(step, {}) for step in (1, 2, 3, 4, 5)], damaged) == removed
+
+
+def test_a_damaged_one_is_not_the_best():
+    steps = [(1, {"loss": 1.0}), (2, {"loss": 2.0}), (3, {"loss": 3.0})]
+    assert Retention(last=1, best=1).removable(steps) == [2]
+    assert Retention(last=1, best=1).removable(steps, [1]) == [1]

@@ -292,3 +292,47 @@ def test_the_only_whole_one_outlives_saves_that_fail():
         store.is_full = False
         checkpointer.save(5, m=state(5)).wait()
     assert checkpointer.steps() == [5] and checkpointer.verify(5) == []
+
+
+def cut_short(store, name):
+    store.put(name, store.get(name)[:-1])
+
+
+def flip(store, name):
+    data = bytearray(store.get(name))
+    data[-1] ^= 1
+    store.put(name, bytes(data))
+
+
+@pytest.mark.parametrize("harm", [cut_short, MemoryStore.delete])
+@pytest.mark.parametrize("kind", [".safetensors", ".json"])
+def test_what_lacks_a_file_or_a_part_of_one_is_not_counted_as_whole(harm, kind):
+    store = MemoryStore()
+    with Checkpointer(store, retention=Retention(last=2)) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, m=state(step)).wait()
+        (name,) = [name for name in store.names("step-00000002/") if name.endswith(kind) and "manifest" not in name]
+        harm(store, name)
+        checkpointer.save(3, m=state(3)).wait()
+        assert checkpointer.steps() == [1, 2, 3] and checkpointer.verify(1) == []
+        checkpointer.save(4, m=state(4)).wait()
+        assert checkpointer.steps() == [3, 4]
+
+
+@pytest.mark.parametrize("find", ["restore", "verify"])
+def test_damage_that_was_found_is_remembered_until_the_step_is_saved_again(find, tmp_path):
+    store = FileStore(tmp_path)
+    with Checkpointer(store, retention=Retention(last=9)) as first:
+        for step in (1, 2):
+            first.save(step, m=state(step)).wait()
+    (name,) = [name for name in store.names("step-00000002/") if name.endswith(".safetensors")]
+    flip(store, name)  # which its size does not tell
+    with Checkpointer(store, retention=Retention(last=2)) as checkpointer:
+        if find == "restore":
+            assert checkpointer.restore(m=state(0)) == 1
+        else:
+            assert checkpointer.verify(2)
+        checkpointer.save(3, m=state(3)).wait()
+        assert checkpointer.steps() == [1, 2, 3]
+        checkpointer.save(2, m=state(2)).wait()  # anew: whole, and the newest
+        assert checkpointer.steps() == [2, 3] and checkpointer.verify(2) == []

@@ -89,3 +89,36 @@ def test_what_the_recipe_names_is_looked_for_here_unless_it_is_only_there(capsys
     assert launch("slurm", "tiny.yaml", *flags) == 2
     assert "only_in_the_image" in capsys.readouterr().err
     assert launch("slurm", "tiny.yaml", *flags, "--no-check") == 0
+
+
+def test_kubernetes_writes_a_recipe_that_pods_can_load(capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    flags = ["--image", "registry/train:1", "--claim", "runs", "--nodes", "2", "--no-check"]
+    assert launch("kubernetes", "tiny.yaml", *flags, "train.steps=7") == 0
+    config_map, job_set = yaml.safe_load_all(capsys.readouterr().out)
+    Path("in_pod.yaml").write_text(config_map["data"]["recipe.yaml"])
+    assert "folder: /work/run\n" in config_map["data"]["recipe.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        main(["config", "show", "in_pod.yaml", "--yaml"])
+    assert not ended.value.code and "steps: 7" in capsys.readouterr().out
+    assert job_set["kind"] == "JobSet"
+    assert launch("kubernetes", "tiny.yaml", *flags, "--kind", "deployment") == 8
+    assert "The kind is 'deployment'; allowed: jobset, pytorchjob." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "Name the hosts by --hosts A,B or by --hosts-file FILE"),
+        (["--hosts", "a", "--hosts-file", "b"], "one of the two"),
+        (["--hosts", "a,a"], "The host a is listed 2 times"),
+        (["--hosts", "a,b", "--rendezvous", "a"], "The rendezvous is 'a'; write host:port"),
+        (["--hosts-file", "none"], "The list of hosts none cannot be read"),
+    ],
+)
+def test_ssh_refuses_what_it_cannot_reach_before_it_connects(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("ssh", "tiny.yaml", "--no-check", *flags) == 8
+    assert words in capsys.readouterr().err

@@ -53,6 +53,33 @@ def test_every_rank_hears_who_called_what(mpi_ranks, kind, word):
         assert ("but rank 1 called" in sentence) == (rank != 1)
 
 
+def large_sums(group, in_turns):
+    """Of several parts and a rest that ranks do not divide, also of what does not lie in a row."""
+    group._in_turns = in_turns
+    found = []
+    for op, dtype in (
+        ("sum", "float32"),
+        ("mean", "float64"),
+        ("max", "int32"),
+        ("min", "float32"),
+        ("mean", "float16"),
+    ):
+        rows = [np.random.default_rng(rank).integers(-99, 99, 700_001).astype(dtype) for rank in range(group.size)]
+        own, column = rows[group.rank].copy(), np.stack([rows[group.rank], rows[group.rank]], axis=1)[:, 0]
+        work = group.all_reduce_(own, op)
+        group.all_reduce_(column, op).wait()
+        work.wait()
+        expected = getattr(np.stack(rows).astype(np.float64), op)(axis=0).astype(dtype)
+        assert np.array_equal(own, column)
+        found.append(np.allclose(own, expected, rtol=1e-3 if dtype == "float16" else 1e-6))
+    return found
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_large_arrays_are_summed_part_by_part(mpi_ranks, in_turns):
+    assert mpi_ranks(3, large_sums, in_turns) == [[True] * 5] * 3
+
+
 def wait_for(group, call):
     own = group.split(0)
     if own.rank == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainfleet.comm.numbers import as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
+from trainfleet.comm.numbers import add_up_, as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy's bfloat16 is that of ml_dtypes")
 
@@ -19,6 +19,13 @@ def test_small_floats_are_added_up_in_float32():
     parts = [np.array([60000, 1], np.float16), np.array([60000, 2], np.float16), np.array([-60000, 3], np.float16)]
     assert reduce_parts(parts, "sum").tolist() == [60000, 6]
     assert reduce_parts(parts, "mean").dtype == np.float16
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "max", "min"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_rows_are_added_up_as_parts_are(op, dtype):
+    rows = np.random.default_rng(0).normal(size=(3, 5)).astype(dtype)
+    np.testing.assert_array_equal(add_up_(rows.copy(), op), reduce_parts(list(rows), op))
 
 
 def test_means_are_of_floats_only_and_reductions_have_names():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,15 +33,22 @@ class Launcher:
         for ours, _ in self.pairs:
             threading.Thread(target=self.serve, args=(ours,), daemon=True).start()
 
+    def lines(self, connection: socket.socket) -> Iterator[str]:
+        with suppress(OSError):  # the test has ended
+            yield from connection.makefile("r")
+
     def serve(self, connection: socket.socket) -> None:
-        for line in connection.makefile("r"):
+        for line in self.lines(connection):
             self.said.append(line.strip())
             words = dict(part.split("=", 1) for part in line.split())
             command = words["cmd"]
             if command == "put":
                 self.values[words["key"]] = words["value"]
             if command == "barrier_in":
-                self.barrier.wait(10)
+                try:
+                    self.barrier.wait(10)
+                except threading.BrokenBarrierError:
+                    return
             answers = {
                 "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
                 "get_my_kvsname": "cmd=my_kvsname kvsname=kvs_1",
@@ -48,12 +56,14 @@ class Launcher:
                 "barrier_in": "cmd=barrier_out",
                 "get": f"cmd=get_result rc=0 value={self.values.get(words.get('key', ''))}",
             }
-            connection.sendall(f"{self.replies.get(command, answers[command])}\n".encode())
+            with suppress(OSError):
+                connection.sendall(f"{self.replies.get(command, answers[command])}\n".encode())
 
     def descriptor(self, rank: int) -> str:
         return str(self.pairs[rank][1].fileno())
 
     def close(self) -> None:
+        self.barrier.abort()
         for pair in self.pairs:
             for end in pair:
                 end.close()

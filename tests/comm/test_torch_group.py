@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -78,3 +80,22 @@ def test_a_process_that_ends_right_after_a_collective_ends_well():
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", LAST_ACT], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+ALONE = """
+import psutil, torch
+from trainfleet.mesh import Mesh
+from trainfleet.plan import Plan
+
+with Mesh.from_env(device="cpu") as mesh:
+    from trainfleet.parallel import parallelize
+
+    parallelize(torch.nn.Linear(2, 2), mesh, Plan())
+del mesh
+print([each for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN])
+"""
+
+
+def test_a_group_that_has_ended_leaves_no_port_open():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[]\n", done.stderr

@@ -24,9 +24,9 @@ assert "torch" not in sys.modules, "torch was imported"
 pytestmark = pytest.mark.cluster
 
 
-def losses(ranks: int, *options: str) -> tuple[float, float]:
+def run(ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
     start = [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
+    return subprocess.run(
         [*start, sys.executable, "-c", PROGRAM, *options],
         cwd=ROOT,
         capture_output=True,
@@ -34,6 +34,10 @@ def losses(ranks: int, *options: str) -> tuple[float, float]:
         timeout=100,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def losses(ranks: int, *options: str) -> tuple[float, float]:
+    done = run(ranks, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(rf"rank 0 of {ranks}\): loss ([\d.]+) at first, ([\d.]+) at the end", done.stdout)
     assert found, done.stdout
@@ -68,3 +72,9 @@ LATER = [(ranks, mode) for ranks, modes in ((2, TWO), (4, FOUR)) for mode in mod
 )
 def test_every_mode_has_the_losses_of_one_process(alone: tuple[float, float], ranks: int, options: str) -> None:
     assert losses(ranks, *options.split()) == pytest.approx(alone, rel=2e-4)
+
+
+def test_a_plan_that_does_not_fit_the_ranks_ends_all_of_them_with_a_sentence() -> None:
+    done = run(2, "--tp", "3")
+    assert done.returncode == 3, "the exit code of PlanError"
+    assert "failed first: PlanError: plan.tp=3 does not divide the 2 processes" in done.stdout + done.stderr

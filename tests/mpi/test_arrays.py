@@ -81,7 +81,6 @@ def trained(group, plan, kind, aware, micro_batches=2):
     """Losses of a model of such arrays, how often they were copied to the CPU, and the kind that came out."""
     if aware:
         os.environ["MPICH_GPU_SUPPORT_ENABLED"] = "1"  # as on a machine whose MPI reads the memory of GPUs
-    StandIn.num_copies = CUPY.num_waits = 0
     try:
         model = mlp([6, 8, 8, 4], dtype=np.float32)
         for name, value in model.parameters.items():
@@ -91,6 +90,7 @@ def trained(group, plan, kind, aware, micro_batches=2):
         batch = draw.normal(size=(12, 6)).astype(np.float32), draw.integers(0, 4, 12)
         own = tuple(each[data.rank :: data.size] for each in batch)
         trainer = Trainer(model, AdamW(), cross_entropy, [own] * 3, mesh=mesh, micro_batches=micro_batches)
+        StandIn.num_copies = CUPY.num_waits = 0  # models are compared by copies, before the first step
         losses = trainer.fit(3)
         kinds = {type(value).__name__ for value in trainer.spread.model.parameters.values()}
         kinds |= {type(each).__name__ for held in trainer.spread.optimizer.memory.values() for each in held.values()}
@@ -140,6 +140,7 @@ def holds_for_jax(results, expected):
         assert kinds == {"ArrayImpl"}
 
 
+@pytest.mark.matrix
 def test_a_model_of_jax_arrays_trains_as_one_of_numpy_and_stays_jax(expected):
     """JAX compiles each operator for each shape, which takes longer than all else here."""
     pytest.importorskip("jax", reason="JAX is not installed: pip install 'trainfleet[jax]'")

@@ -11,7 +11,7 @@ import pytest
 
 from trainfleet.codec import BFloat16, Float16
 from trainfleet.comm.threads import run_ranks
-from trainfleet.errors import PeerError
+from trainfleet.errors import PeerError, PlanError
 from trainfleet.mpi.average import BUCKET_BYTES, GradientAverage, average_gradients, collect
 
 SHAPES = [(2, 3), (), (BUCKET_BYTES // 4 + 1,), (5,), (0, 4), (BUCKET_BYTES // 16,)]
@@ -99,6 +99,23 @@ def collected(group):
 
 def test_collected_arrays_are_on_one_rank_only(run):
     assert run(3, collected) == [None, [[[0, 0]], [[1, 1]] * 2, [[2, 2]] * 3], None]
+
+
+def collected_by_name(group):
+    parts = collect({"a": np.full(2, group.rank), "b": np.zeros(group.rank)}, group)
+    return None if parts is None else [{name: array.tolist() for name, array in each.items()} for each in parts]
+
+
+def collected_unlike(group):
+    return collect({"a": np.zeros(2)} if group.rank else {"b": np.zeros(2)}, group)
+
+
+def test_mappings_are_collected_by_name_and_other_names_are_refused(run):
+    everyones, nothing = run(2, collected_by_name)
+    assert nothing is None and [each["a"] for each in everyones] == [[0, 0], [1, 1]]
+    assert [len(each["b"]) for each in everyones] == [0, 1]
+    with pytest.raises(PlanError, match="Rank 1 collects a, and rank 0 b"):
+        run(2, collected_unlike)
 
 
 F, D = np.float32, np.float64

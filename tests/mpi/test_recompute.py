@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainfleet.errors import PlanError
-from trainfleet.mpi.layers import Sequential, Tanh, mlp
+from trainfleet.mpi.layers import Function, Sequential, Tanh, mlp
 from trainfleet.mpi.recompute import Recompute
 
 
@@ -48,6 +48,17 @@ def test_the_peak_of_memory_falls_as_the_formula_says():
         found = peak(Recompute(layers, segments), x)
         assert found == pytest.approx(segments + count / segments + constant, abs=2.5), segments
         assert found < whole * 0.75
+
+
+def test_functions_of_your_own_are_recomputed():
+    """Named functions with a derivative written by hand, in two segments."""
+    square = Function(lambda x: (x * x, x), lambda saved, dy: 2 * saved * dy)
+    double = Function(lambda x: (2 * x, None), lambda saved, dy: 2 * dy)
+    model = Recompute(Sequential({"square": square, "double": double, "again": square}), ["double"])
+    x = np.array([1.0, -3.0])
+    y, saved = model.forward(x)
+    dx, gradients = model.backward(saved, np.ones(2))
+    assert y.tolist() == [4.0, 324.0] and dx.tolist() == [16.0, -432.0] and gradients == {}
 
 
 def test_unknown_names_and_impossible_numbers_are_refused():

@@ -96,3 +96,12 @@ def test_a_batch_that_is_too_small_is_refused():
 
     with pytest.raises(DataError, match="A batch of 2 cannot be cut into 3 micro-batches"):
         run_ranks(1, small)
+
+
+def test_batches_that_end_too_early_are_said():
+    def few(group):
+        batch = (np.ones((2, 6)), np.zeros(2, int))
+        Trainer(mlp([6, 4]), AdamW(), cross_entropy, [batch], mesh=Mesh(group)).fit(2)
+
+    with pytest.raises(DataError, match="The batches ended after step 1"):
+        run_ranks(1, few)

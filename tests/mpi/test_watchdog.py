@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trainfleet.comm.threads import run_ranks
@@ -39,6 +40,15 @@ def test_ranks_that_end_well_leave_no_word(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_process_that_has_ended_is_not_left_as_a_zombie():
+    before = set(psutil.Process().children())
+    run_ranks(2, lambda group: Watchdog(group).end_well())
+    ends = time.monotonic() + 10
+    while left := set(psutil.Process().children()) - before:
+        assert time.monotonic() < ends, left
+        time.sleep(0.02)
+
+
 PROGRAM = """
 import os, signal, sys, time
 from datetime import timedelta
@@ -46,7 +56,7 @@ import numpy as np
 from trainfleet.errors import PlanError
 from trainfleet.mpi import world
 
-with world(timeout=timedelta(seconds=1)) as group:
+with world(timeout=timedelta(seconds={seconds})) as group:
     for step in range(3):
         if group.rank == 1 and step == 1:
             {act}
@@ -54,13 +64,13 @@ with world(timeout=timedelta(seconds=1)) as group:
 """
 
 
-def under_mpiexec(act, size=3):
+def under_mpiexec(act, size=3, seconds=30):
     pytest.importorskip("mpi4py", reason="MPI is not installed: pip install 'trainfleet[mpi]'")
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip("there is no mpiexec beside this Python: pip install mpich")
     began = time.monotonic()
-    command = [str(mpiexec), "-n", str(size), sys.executable, "-c", PROGRAM.format(act=act)]
+    command = [str(mpiexec), "-n", str(size), sys.executable, "-c", PROGRAM.format(act=act, seconds=seconds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
@@ -74,7 +84,7 @@ def test_a_rank_that_is_killed_is_named_though_mpiexec_kills_the_others():
 
 @pytest.mark.cluster
 def test_a_rank_that_hangs_is_named_at_the_deadline():
-    code, said, seconds = under_mpiexec("time.sleep(30)")
+    code, said, seconds = under_mpiexec("time.sleep(30)", seconds=3)
     assert code == 9 and seconds < 20, "the exit code is that of PeerError"
     assert "rank 1 did not come and did not answer" in said
     assert "failed first: PeerError: Rank " in said

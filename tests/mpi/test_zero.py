@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainfleet.comm.threads import run_ranks
-from trainfleet.errors import PlanError
+from trainfleet.errors import PeerError, PlanError
 from trainfleet.mpi.layers import Linear, Sequential, Tanh
 from trainfleet.mpi.optimizers import SGD, Adam, AdamW, Momentum
 from trainfleet.mpi.zero import Memory, Sharded, Zero
@@ -84,6 +84,39 @@ def test_each_stage_splits_one_thing_more(run, stage, parts):
     parameters, gradients, state = parts
     expected = Memory(parameters=whole // parameters, gradients=whole // gradients, optimizer_state=2 * whole // state)
     assert run(2, held, stage) == [expected] * 2
+
+
+def of_ranks(group):
+    zero = Zero(SGD(learning_rate=1, momentum=0.9), 3, group)
+    zero.register({"w": np.ones((3, 2), np.float32)})
+    return zero.memory_of_ranks()
+
+
+def test_every_rank_knows_what_each_holds(run):
+    bands = [
+        Memory(parameters=16, gradients=0, optimizer_state=16),
+        Memory(parameters=8, gradients=0, optimizer_state=8),
+    ]
+    assert run(2, of_ranks) == [bands, bands]
+
+
+def registered_unlike(group, stage):
+    zero = Zero(SGD(learning_rate=1), stage, group)
+    zero.register({"w": np.ones((4, 2)), "v": np.ones((4, 2))})
+    with pytest.raises(ValueError, match=r"gradient of 'w' has the shape \(3, 2\), its parameter \(4, 2\)"):
+        zero.reduce_gradients({"w": np.ones((3, 2))})
+    with pytest.raises(PeerError) as caught:
+        zero.reduce_gradients({"w" if group.rank else "v": np.ones((4, 2))})
+        zero.step()
+    with pytest.raises(PeerError, match="'b' float64"):
+        Zero(SGD(learning_rate=1), stage, group.split(0)).register({"b" if group.rank else "a": np.ones(2)})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_that_bring_unlike_parameters_or_gradients_are_named(run, stage):
+    for sentence in run(2, registered_unlike, stage):
+        assert "'v' float64 (4, 2) on rank 0 of 2, 'w' float64 (4, 2) on rank 1" in sentence
 
 
 def test_an_unknown_stage_or_gradient_is_refused():

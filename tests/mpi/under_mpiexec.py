@@ -13,4 +13,4 @@ if __name__ == "__main__":
     if os.environ.get("PMI_RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for as long as the process lives
     tests = sys.argv[1:] or [str(Path(__file__).parent)]
-    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+    sys.exit(pytest.main(["-q", "-x", "-m", "not matrix", "-p", "no:cacheprovider", *tests]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,29 @@ def test_every_other_block_can_be_recomputed() -> None:
         model = parallelize(model_of(recomputing=False), mesh, plan)
         model(torch.randn(6, 8)).sum().backward()
         assert isinstance(model, Model) and [block.calls for block in model.blocks] == [2, 1, 2, 1]
+
+
+class Caching(nn.Module):
+    """Keeps what it has seen, as language models do for generation, where its configuration says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> Tensor:
+        past = [] if (self.config.use_cache if use_cache is None else use_cache) else None
+        for block in self.blocks:
+            x = x + block(x if past is None else torch.cat([*past, x]))[-len(x) :]
+        return x
+
+
+def test_nothing_is_kept_for_generation_unless_it_is_asked_for() -> None:
+    with Mesh.from_env(Plan()) as mesh:
+        model = Caching()
+        parallelize(model, mesh, Plan(recompute="blocks"))
+        assert model.config.use_cache is False
+        assert model(torch.randn(3, 4), use_cache=True).shape == (3, 4)
 
 
 def test_an_operator_that_torch_does_not_have_is_refused() -> None:

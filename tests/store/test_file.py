@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -203,3 +204,31 @@ def test_a_single_file_sweeps_what_the_dead_left_beside_it_and_nothing_below(tmp
     left.touch(), below.touch()
     write_file(tmp_path / "x", b"")
     assert not left.exists() and below.exists()
+
+
+def test_empty_folders_of_writers_that_died_go_at_the_next_start(tmp_path):
+    (tmp_path / "step-00000007" / "deeper").mkdir(parents=True)
+    store = FileStore(tmp_path)
+    store.put("step-00000008/x", b"1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008"]
+
+
+def test_a_folder_swept_while_another_makes_a_file_in_it_is_made_again(tmp_path):
+    others = [FileStore(tmp_path) for _ in range(30)]
+    stop = threading.Event()
+
+    def sweep():
+        try:
+            for number, store in enumerate(others):
+                store.put(f"other/{number}", b"")
+        finally:
+            stop.set()
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    store, count = FileStore(tmp_path), 0
+    while not stop.is_set() or not count:
+        store.put(f"mine-{count}/x", b"1")
+        assert store.get(f"mine-{count}/x") == b"1"
+        count += 1
+    sweeper.join(20)

@@ -108,6 +108,7 @@ def gone(processes: list[psutil.Process]) -> bool:
         pytest.param(signal.SIGINT, "all", marks=pytest.mark.matrix),
         pytest.param(signal.SIGTERM, "group", marks=pytest.mark.matrix),
         pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.matrix),
+        pytest.param(signal.SIGINT, "launcher", marks=pytest.mark.matrix),
     ],
 )
 def test_whoever_gets_a_signal_the_ranks_save_once_and_all_ends(start, tmp_path, number, to):

@@ -15,7 +15,7 @@ from models import MODELS  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.checkpoint import Checkpointer  # noqa: E402
-from trainfleet.errors import ConfigError, DataError  # noqa: E402
+from trainfleet.errors import ConfigError, DataError, NotSaved, StoreError  # noqa: E402
 from trainfleet.events import (  # noqa: E402
     CheckpointFailed,
     CheckpointSaved,
@@ -205,17 +205,47 @@ def test_sigterm_saves_and_ends(mesh: Mesh) -> None:
     assert heard.of(RunEnded)[0].reason == "interrupted"
 
 
+class Filling(MemoryStore):
+    """Takes nothing for the first so many writes, and then everything; or the other way round."""
+
+    def __init__(self, num_writes: int, *, fails_first: bool) -> None:
+        super().__init__()
+        self.left, self.fails_first = num_writes, fails_first
+
+    def put(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if (self.left >= 0) == self.fails_first:
+            raise StoreError("The disk is full.", hint="Make room.")
+        return super().put(*args, **kwargs)
+
+
 def test_a_failed_save_is_told_and_training_goes_on(mesh: Mesh) -> None:
-    from trainfleet.errors import StoreError
-
-    class Full(MemoryStore):
-        def put(self, *args: Any, **kwargs: Any) -> Any:
-            raise StoreError("The disk is full.")
-
-    trainer, heard = trainer_of(mesh, Plan(), Full())
+    trainer, heard = trainer_of(mesh, Plan(), Filling(1, fails_first=True))
     assert trainer.fit(6).reason == "finished"
-    assert [event.step for event in heard.of(CheckpointFailed)] == [4, 6]
+    assert [event.step for event in heard.of(CheckpointFailed)] == [4]
     assert "full" in heard.of(CheckpointFailed)[0].reason
+
+
+def test_a_run_whose_last_save_fails_ends_with_an_error_that_names_the_newest_checkpoint(mesh: Mesh) -> None:
+    writes_of_a_save = 3  # data, index, manifest
+    trainer, heard = trainer_of(mesh, Plan(), Filling(writes_of_a_save, fails_first=False))
+    with pytest.raises(NotSaved, match=r"ended after step 6, but .* full.* newest one is that of step 4") as failed:
+        trainer.fit(6)
+    assert failed.value.hint == "Make room."
+    assert [event.step for event in heard.of(CheckpointFailed)] == [6]
+    assert "its last checkpoint failed" in heard.of(RunEnded)[0].reason
+
+
+def test_a_run_that_saved_nothing_says_so(mesh: Mesh) -> None:
+    trainer, _ = trainer_of(mesh, Plan(), Filling(99, fails_first=True))
+    with pytest.raises(NotSaved, match="nothing of this run is saved"):
+        trainer.fit(6)
+
+
+def test_a_run_that_fails_otherwise_ends_with_that_error(mesh: Mesh) -> None:
+    trainer, _ = trainer_of(mesh, Plan(), Filling(99, fails_first=True), stream=iter([]))
+    with pytest.raises(DataError, match="came to an end"):
+        trainer.fit(6)
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated(mesh: Mesh) -> None:

@@ -95,6 +95,53 @@ def test_tolerance_follows_the_precision() -> None:
     assert compare(one, other, "bf16").holds
 
 
+class Attention(torch.nn.Module):
+    """Its keys have a bias, which changes no softmax: its gradient is rounding, whatever computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = torch.nn.Linear(16, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def attention_batch(number: int) -> Any:
+    draw = torch.Generator().manual_seed(number)
+    return torch.randn(3, 5, 16, generator=draw), torch.randn(3, 5, 4, generator=draw)
+
+
+def squared(output: Any, batch: Any) -> Any:
+    return (output - batch[1]).square().mean()
+
+
+def attention_traced(plan: Plan, ranks: int) -> Any:
+    torch.manual_seed(0)
+    work = Case(build=Attention, loss_fn=squared, micro_batch=attention_batch, optimizer=adamw, accumulation=ranks)
+    with Mesh.from_env(plan) as mesh:
+        return trace(work, plan, mesh)
+
+
+def test_what_adam_makes_of_rounding_is_no_difference(ranks: RankPools) -> None:
+    one, two = ranks(1, attention_traced, Plan(), 2)[0], ranks(2, attention_traced, Plan(zero=2), 1)[0]
+    verdict = compare(one, two, "fp32")
+    assert verdict.holds, str(verdict)
+    assert "16 elements of parameters, most of them in attention.in_proj_bias" in verdict.remarks[0]
+
+
+def test_rounding_hides_no_mistake() -> None:
+    gradient, weight = np.array([1.0, -1.0, 1e-9, 2e-3]), np.array([0.5, 0.5, 0.1, 0.5])
+    one = {"step 1, gradient of w": gradient, "step 1, parameter w": weight}
+    assert compare(one, {**one, "step 1, parameter w": weight + np.array([0, 0, 0.1, 0])}, "fp32").holds
+    for wrong in ([0, 0, 1e-4, 0], [0, 0, 0, 2e-3]):
+        verdict = compare(one, {**one, "step 1, gradient of w": gradient + np.array(wrong)}, "fp32")
+        assert verdict.first is not None and verdict.first.tensor == "step 1, gradient of w"
+    assert not compare(one, {**one, "step 1, parameter w": weight + np.array([0, 0, 0, 1e-4])}, "fp32").holds
+    small = {"step 1, gradient of v": np.full(4, 1e-6)}  # beside larger ones, and twice what it should be
+    assert not compare({**one, **small}, {**one, "step 1, gradient of v": np.full(4, 2e-6)}, "fp32").holds
+
+
 def test_batch_statistics_are_compared_with_the_whole_batch() -> None:
     changed, remarks = reference_case(case("convolutional"), 2)
     images, _ = changed.micro_batch(3)

@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any, get_args
 
 from trainfleet.checkpoint.catalog import examine
-from trainfleet.checkpoint.further import Export, SaveFunction
+from trainfleet.checkpoint.further import SaveFunction
 from trainfleet.checkpoint.memory import StagingMemory
 from trainfleet.checkpoint.names import MANIFEST, Attempt, folder_of, steps_and_files
 from trainfleet.checkpoint.order import Order, carry_out
 from trainfleet.checkpoint.restore import Restore, read_metadata
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.checkpoint.save import Save
+from trainfleet.checkpoint.settings import Export
 from trainfleet.checkpoint.staging import reserve, stage
 from trainfleet.checkpoint.tidy import abandon, is_done, remove_checkpoint
 from trainfleet.checkpoint.tree import encode
@@ -77,6 +78,7 @@ class Checkpointer:
         self._hold: Hold | None = None
         self._run: str | None = None  # agreed by the ranks at the first save
         self._saves = 0
+        self._distrusted: set[int] = set()  # steps in which damage was found
         self._save: Save | None = None
         self.problems: list[str] = []
         """What the last `restore` found wrong or odd: damaged files, by name; values that were not restored."""
@@ -124,6 +126,7 @@ class Checkpointer:
         except (CheckpointError, StoreError) as error:
             abandon(self._store, attempt, self._rank, str(error))
             raise
+        self._distrusted.discard(step)  # what is saved there now is another
         order = Order(
             attempt=attempt,
             rank=self._rank,
@@ -133,6 +136,7 @@ class Checkpointer:
             retention=self._retention,
             timeout=self._timeout,
             export=self._export,
+            distrusted=tuple(self._distrusted),
         )
         blocked = timedelta(seconds=time.monotonic() - begun)
         self._save = Save(
@@ -253,7 +257,10 @@ class Checkpointer:
             self._save.settle()  # what it commits is to be seen; how it ended stays with it
         restore = Restore(self._store, self._group, self.place, partial=partial, cast=cast)
         self.problems = restore.problems
-        return restore.run(step, statefuls)
+        try:
+            return restore.run(step, statefuls)
+        finally:
+            self._distrusted.update(restore.damaged)
 
     # looking
 
@@ -274,6 +281,8 @@ class Checkpointer:
         CheckpointError where a newer version wrote it.
         """
         verdict = examine(self._store, step)
+        if verdict.problems:
+            self._distrusted.add(step)
         if verdict.state == "unreadable":
             raise CheckpointError(verdict.problems[0])
         return [*verdict.problems, *(f"{name}: not part of the checkpoint" for name in verdict.surplus)]

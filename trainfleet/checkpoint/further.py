@@ -6,18 +6,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from trainfleet.checkpoint.export import PRECISIONS, safetensors_of
 from trainfleet.checkpoint.manifest import ListedFile
 from trainfleet.checkpoint.names import Attempt
 from trainfleet.checkpoint.sealed import RunningDigest
+from trainfleet.checkpoint.settings import Export
 from trainfleet.checkpoint.shard import Index
 from trainfleet.checkpoint.whole import whole_states
 from trainfleet.errors import CheckpointError, NotStored, StoreError
 from trainfleet.store import Buffer, Store
 
-Export: TypeAlias = Literal["fp32", "bf16"]
 SaveFunction: TypeAlias = Callable[[dict[str, Any], int, Path], object]
 """(state, step, path): writes one further file at `path`, with any suffix, or a folder of files.
 

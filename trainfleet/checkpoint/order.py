@@ -9,11 +9,12 @@ from datetime import timedelta
 from typing import Any
 
 from trainfleet.checkpoint.arrays import Bytes
-from trainfleet.checkpoint.further import Export, SaveFunction, further_files
+from trainfleet.checkpoint.further import SaveFunction, further_files
 from trainfleet.checkpoint.manifest import publish
 from trainfleet.checkpoint.names import Attempt
 from trainfleet.checkpoint.regions import Region
 from trainfleet.checkpoint.retention import Retention
+from trainfleet.checkpoint.settings import Export
 from trainfleet.checkpoint.shard import write_shard
 from trainfleet.checkpoint.staging import StagedPiece, StagedShard
 from trainfleet.checkpoint.tidy import abandon, clear_leftovers, prune
@@ -37,6 +38,8 @@ class Order:
     """How long rank 0 waits for the shards of the others."""
     export: Export | None = None
     """Write the model as one safetensors file too."""
+    distrusted: tuple[int, ...] = ()
+    """Steps in which this run found damage; the retention does not count them."""
 
     def to_json(self, *, pieces: bool = True) -> Json:
         """Without `pieces` where they are those of the order before, and whoever reads it has them."""
@@ -57,6 +60,7 @@ class Order:
             "retention": asdict(self.retention),
             "timeout": self.timeout.total_seconds(),
             "export": self.export,
+            "distrusted": self.distrusted,
         }
 
     @classmethod
@@ -76,6 +80,7 @@ class Order:
             retention=Retention(**body["retention"]),
             timeout=timedelta(seconds=body["timeout"]),
             export=body["export"],
+            distrusted=tuple(body["distrusted"]),
         )
 
 
@@ -109,7 +114,7 @@ def carry_out(store: Store, order: Order, save_function: SaveFunction | None = N
         abandon(store, attempt, rank, str(error))
         raise
     if rank == 0:
-        _tolerate(lambda: prune(store, order.retention), "remove old checkpoints")
+        _tolerate(lambda: prune(store, order.retention, order.distrusted), "remove old checkpoints")
         _tolerate(lambda: clear_leftovers(store, attempt), "clear what replaced saves left")
 
 

@@ -35,6 +35,8 @@ class Restore:
         self._rank = group.rank if group else 0
         self._world_size = group.size if group else 1
         self.problems: list[str] = []
+        self.damaged: list[int] = []
+        """Steps that were tried and are not whole."""
 
     def run(self, step: int | None, statefuls: Mapping[str, Stateful]) -> int | None:
         templates = {name: state_of(name, stateful) for name, stateful in statefuls.items()}
@@ -102,6 +104,7 @@ class Restore:
                 raise CheckpointError(f"{self._place(step)} was not restored: rank {rank} failed: {other['failure']}")
         damage = sorted({text for other in verdicts for text in other["damage"]})
         if damage:
+            self.damaged.append(step)
             for text in damage:
                 self._note(text)
             return False

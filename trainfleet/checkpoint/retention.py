@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,17 +35,22 @@ class Retention:
         if self.mode not in ("min", "max"):
             raise ConfigError(f"Retention.mode is {self.mode!r}; use 'min' or 'max'.")
 
-    def removable(self, committed: Sequence[tuple[int, Mapping[str, float]]]) -> list[int]:
+    def removable(
+        self, committed: Sequence[tuple[int, Mapping[str, float]]], damaged: Collection[int] = ()
+    ) -> list[int]:
         """Of the steps and metrics of `committed`, oldest commit first, the steps that are not kept.
 
-        Never the last one, which was just seen to be whole.
+        `damaged` ones count for nothing: they go when enough sound ones are newer. Never the last one, which was just
+        seen to be whole.
         """
-        best = self._best(committed)
-        return [
-            step
-            for step, _ in committed[: -self.last]
-            if (self.every is None or step % self.every) and step not in best
-        ]
+        best = self._best([(step, metrics) for step, metrics in committed if step not in damaged])
+        found = []
+        num_newer = 0
+        for step, _ in reversed(committed):
+            if num_newer >= self.last and (self.every is None or step % self.every) and step not in best:
+                found.append(step)
+            num_newer += step not in damaged
+        return found[::-1]
 
     def _best(self, committed: Sequence[tuple[int, Mapping[str, float]]]) -> set[int]:
         if self.best is None:

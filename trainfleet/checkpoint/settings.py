@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.errors import ConfigError
 from trainfleet.plan import STRICT
+
+Export: TypeAlias = Literal["fp32", "bf16"]
+"""The precision of an export."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,7 @@ class CheckpointConfig:
     """Path or URL of the checkpoints. None: `checkpoints` in the run folder."""
     cast: bool = False
     """Go on in another precision than the one that was saved; floats of another dtype are rounded."""
-    export: Literal["fp32", "bf16"] | None = None
+    export: Export | None = None
     """Write the model's weights as one safetensors file of this precision with each checkpoint. None: do not."""
     save_function: str | None = None
     """Import path of a function (state, step, path) that writes a further file with each checkpoint."""

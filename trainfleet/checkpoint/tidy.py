@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from trainfleet.checkpoint.manifest import read_manifest, readable_manifests
+from trainfleet.checkpoint.manifest import Manifest, read_indexes, read_manifest, readable_manifests
 from trainfleet.checkpoint.names import DATA, FAILED, INDEX, MANIFEST, Attempt, folder_of, manifest_of, steps_and_files
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.checkpoint.sealed import Damaged
@@ -60,14 +60,34 @@ def remove_checkpoint(store: Store, step: int, files: Sequence[str]) -> None:
         store.delete(f"{folder_of(step)}/{file}")
 
 
-def prune(store: Store, retention: Retention) -> list[int]:
-    """Remove the checkpoints that are not kept; which ones those were."""
+def prune(store: Store, retention: Retention, distrusted: Collection[int] = ()) -> list[int]:
+    """Remove the checkpoints that are not kept; which ones those were.
+
+    Those of `distrusted` steps, in which damage was found, and those that lack a file or a part of one do not count.
+    """
     manifests = readable_manifests(store)
-    removable = retention.removable([(manifest.step, manifest.metrics) for manifest in manifests])
+    if not retention.removable([(each.step, each.metrics) for each in manifests]):
+        return []
+    damaged = {each.step for each in manifests[:-1] if each.step in distrusted or not _is_complete(store, each)}
+    removable = retention.removable([(each.step, each.metrics) for each in manifests], damaged)
     files = steps_and_files(store.names())
     for step in removable:
         remove_checkpoint(store, step, [file for file in files.get(step, []) if file != MANIFEST])
     return removable
+
+
+def _is_complete(store: Store, manifest: Manifest) -> bool:
+    """Whether every file is there and as long as it was, which costs no reading of arrays."""
+    try:
+        sizes = {file.name: file.num_bytes for file in manifest.files}
+        sizes |= {index.data_name: index.data_bytes for index in read_indexes(store, manifest)}
+        for name, size in sizes.items():
+            with store.open(name) as file:
+                if file.size != size:
+                    return False
+    except (Damaged, StoreError):
+        return False
+    return True
 
 
 def clear_leftovers(store: Store, attempt: Attempt) -> None:

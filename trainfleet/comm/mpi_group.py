@@ -28,7 +28,7 @@ import numpy as np
 from trainfleet.comm.gpu_memory import empty, is_on_gpu, reads_gpu_memory, synchronize
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
 from trainfleet.comm.mpi_roll_call import RollCall
-from trainfleet.comm.numbers import as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
+from trainfleet.comm.numbers import add_up_, as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
 from trainfleet.deps import require
 from trainfleet.errors import DependencyError, PeerError
 
@@ -39,8 +39,9 @@ Steps: TypeAlias = Iterator[Any]
 
 _LINE = 64  # bytes of a signature; a longer one ends with its checksum
 _SHARE_BYTES = 1 << 18  # of each rank in a part of a sum: the caches hold what it adds up (benchmarks/mpi_average.py)
+_SHARE_BYTES_IN_TURNS = 1 << 21  # where ranks take turns on the cores: each part costs them a turn
 _FEW = 16  # ranks; among more, shares would be many and small, and MPI's own sums know the network
-_SPIN_SECONDS = 2e-3  # without progress, before the naps begin
+_SPIN_SECONDS = 2e-2  # without progress, before the naps begin
 _NAP_SECONDS = 2e-5
 _LINE_TAG, _ARRAY_TAG = 1, 2
 _abandoned: list[Any] = []  # MPI may still write into what nobody waits for: it lives as long as the process
@@ -67,9 +68,12 @@ def memory_kinds() -> tuple[str, ...]:
 class MpiGroup:
     """A `Group` and `Links` over a communicator, which it copies: its messages never meet those of others."""
 
-    def __init__(self, comm: MPI.Comm, *, name: str = "", timeout: timedelta = DEADLINE) -> None:
+    def __init__(
+        self, comm: MPI.Comm, *, name: str = "", timeout: timedelta = DEADLINE, in_turns: bool | None = None
+    ) -> None:
         self.name = name
         self.timeout = timeout
+        self._in_turns = _are_in_turns(comm) if in_turns is None else in_turns
         self._comm = comm.Dup()
         self._lines = comm.Dup()
         self.roll_call = RollCall(comm.Dup(), name)
@@ -122,7 +126,8 @@ class MpiGroup:
         return self._collective(f"all_reduce_ {op} {signature(held)}", steps())
 
     def _reduced_in_two_steps(self, flat: Any, op: Reduction) -> Steps:
-        share = max(1, min(_SHARE_BYTES // flat.itemsize, -(-flat.size // self.size)))
+        share_bytes = _SHARE_BYTES_IN_TURNS if self._in_turns else _SHARE_BYTES
+        share = max(1, min(share_bytes // flat.itemsize, -(-flat.size // self.size)))
         received = np.empty(share * self.size, flat.dtype)
         for at in range(0, flat.size, share * self.size):
             part = flat[at : at + share * self.size]
@@ -130,7 +135,7 @@ class MpiGroup:
             whole = part if each * self.size == part.size else np.resize(part, each * self.size)
             rows = received[: whole.size].reshape(self.size, each)
             yield self._comm.Ialltoall(_bytes(whole), _bytes(rows))
-            yield self._comm.Iallgather(_bytes(_joined(rows, op)), _bytes(whole))
+            yield self._comm.Iallgather(_bytes(add_up_(rows, op)), _bytes(whole))
             if whole is not part:
                 part[...] = whole[: part.size]
 
@@ -196,7 +201,7 @@ class MpiGroup:
         self.exchange(colour)  # everyone is here, or is named
         comm = self._comm.Split(colour, self.rank)
         try:
-            return MpiGroup(comm, name=name, timeout=self.timeout)
+            return MpiGroup(comm, name=name, timeout=self.timeout, in_turns=self._in_turns)
         finally:
             comm.Free()
 
@@ -344,21 +349,16 @@ class MpiWork:
                     raise roll_call.call(self._what, now - began)
 
 
+def _are_in_turns(comm: MPI.Comm) -> bool:
+    """Whether some host has more of these ranks than cores for them; all ranks say the same."""
+    on_host = comm.Split_type(mpi().COMM_TYPE_SHARED)
+    mine = on_host.size > (os.cpu_count() or 1)
+    on_host.Free()
+    return bool(comm.allreduce(mine, mpi().LOR))
+
+
 def _op(op: str) -> Any:
     return {"sum": mpi().SUM, "mean": mpi().SUM, "max": mpi().MAX, "min": mpi().MIN}[op]
-
-
-_UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
-
-
-def _joined(rows: Any, op: Reduction) -> Any:
-    """The sum (mean, largest, smallest) of the rows: in the first one, or rounded from float32."""
-    if is_small_float(rows.dtype):
-        return reduce_parts(list(rows), op)
-    joined = rows[0]
-    for row in rows[1:]:
-        _UFUNCS[op](joined, row, out=joined)
-    return np.divide(joined, len(rows), out=joined) if op == "mean" else joined
 
 
 def _flat(held: Any) -> Any:

@@ -17,6 +17,8 @@ REDUCTIONS: dict[str, Callable[[Any], Any]] = {
     "min": lambda stack: stack.min(axis=0),
 }
 
+_PAIRS: dict[str, Any] = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
+
 
 def is_small_float(dtype: Any) -> bool:
     """Whether this is float16, or the bfloat16 of ml_dtypes, which NumPy knows by name only."""
@@ -28,6 +30,16 @@ def reduce_parts(parts: list[Any], op: str) -> Any:
     dtype = parts[0].dtype
     stack = np.stack(parts)
     return REDUCTIONS[op](stack.astype(np.float32) if is_small_float(dtype) else stack).astype(dtype)
+
+
+def add_up_(rows: Any, op: str) -> Any:
+    """The sum (mean, largest, smallest) of the rows of an array, in the first of them or rounded from float32."""
+    if is_small_float(rows.dtype):
+        return reduce_parts(list(rows), op)
+    first = rows[0]
+    for row in rows[1:]:
+        _PAIRS[op](first, row, out=first)
+    return np.divide(first, len(rows), out=first) if op == "mean" else first
 
 
 def check_reduction(array: Array, op: str) -> None:

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# Early: the defaults of its functions keep a group that is there when it is imported, and with it an open port.
+import torch.distributed.nn.functional
+
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
 from trainfleet.comm.rendezvous import meet

@@ -128,7 +128,8 @@ if ((${SLURM_RESTART_COUNT:-0} > 0)); then run+=(--resume auto); fi
 # One task a node, the launcher of that node's ranks, which starts them anew after a failure. It is told to end by a
 # word on its standard input: a signal of SLURM's reaches every process of the step, also ranks that are saving.
 words=$(mktemp -u "${TMPDIR:-/tmp}/trainfleet-$SLURM_JOB_ID.XXXXXX")
-mkfifo -m 600 "$words" && exec 3<>"$words" || exit 1
+mkfifo -m 600 "$words" && exec 3<>"$words" 4<"$words" || exit 1
+rm "$words"
 # TERM comes before the time is over, and on preemption.
 queue_again=no
 trap 'queue_again=yes; echo end >&3' TERM
@@ -136,9 +137,9 @@ trap 'echo end >&3' INT
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it from the job since 22.05
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 bash -c \\
     'exec "$0" -m trainfleet.launchers.tether -- "$@" --node-rank "$SLURM_NODEID"' @PYTHON@ "${run[@]}" \\
-    <"$words" 3>&- &
+    <&4 3>&- 4<&- &
 step=$!
-rm "$words"
+exec 4<&-
 
 while true; do
     wait "$step"

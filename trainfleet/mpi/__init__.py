@@ -5,7 +5,19 @@ from __future__ import annotations
 from trainfleet.mpi.attention import SelfAttention, transformer_block
 from trainfleet.mpi.average import GradientAverage, average_gradients, collect
 from trainfleet.mpi.cross_entropy import cross_entropy, vocabulary_parallel_cross_entropy
-from trainfleet.mpi.layers import GELU, Embedding, Layer, LayerNorm, Linear, ReLU, Residual, Sequential, Tanh, mlp
+from trainfleet.mpi.layers import (
+    GELU,
+    Embedding,
+    Function,
+    Layer,
+    LayerNorm,
+    Linear,
+    ReLU,
+    Residual,
+    Sequential,
+    Tanh,
+    mlp,
+)
 from trainfleet.mpi.linear import ColumnLinear, LinearPair, RowLinear, VocabularyEmbedding, split_linear
 from trainfleet.mpi.mesh import Mesh
 from trainfleet.mpi.optimizers import SGD, Adam, AdamW, Momentum
@@ -25,6 +37,7 @@ __all__ = [
     "AdamW",
     "ColumnLinear",
     "Embedding",
+    "Function",
     "GradientAverage",
     "Layer",
     "LayerNorm",

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainfleet.codec import BFloat16, Codec
 from trainfleet.comm.group import Group, Links, Work
-from trainfleet.errors import PeerError
+from trainfleet.errors import PeerError, PlanError
 from trainfleet.mpi.arrays import Array, for_group, like, namespace, to_numpy
 
 _Member: TypeAlias = tuple[Any, Array, Any]  # name, gradient, and the same as a NumPy array
@@ -211,14 +211,33 @@ def _numbers(words: Any, codec: Codec) -> Any:
     return words.view(ml_dtypes.bfloat16)
 
 
-def collect(array: Array, group: Group, to: int = 0) -> list[Array] | None:
-    """The arrays of all ranks by rank, on rank `to`; None on the others. Shapes may differ."""
+def collect(grads: Array | Mapping[str, Array], group: Group, to: int = 0) -> list[Any] | None:
+    """What all ranks give, by rank, on rank `to`; None on the others. Arrays, or mappings of the same names.
+
+    Shapes may differ. PlanError, on all ranks, where the names do.
+    """
+    if isinstance(grads, Mapping):
+        names = group.exchange(list(grads))
+        if odd := [rank for rank, each in enumerate(names) if each != names[0]]:
+            raise PlanError(
+                f"Rank {odd[0]} collects {', '.join(names[odd[0]]) or 'nothing'}, and rank 0 "
+                f"{', '.join(names[0]) or 'nothing'}. Give the same names in the same order on every rank."
+            )
+        columns = [_collected(array, group, to) for array in grads.values()]
+        if group.rank != to:
+            return None
+        return [dict(zip(grads, (column[rank] for column in columns))) for rank in range(group.size)]
+    parts = _collected(grads, group, to)
+    return parts if group.rank == to else None
+
+
+def _collected(array: Array, group: Group, to: int) -> list[Array]:
     assert isinstance(group, Links)
     held = to_numpy(array)
     shapes = group.exchange([str(held.dtype), list(held.shape)])
     if group.rank != to:
         group.send(held, to).wait()
-        return None
+        return []
     parts = [np.array(held) if rank == to else np.empty(shape, dtype) for rank, (dtype, shape) in enumerate(shapes)]
     for work in [group.recv_(part, rank) for rank, part in enumerate(parts) if rank != to]:
         work.wait()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -46,6 +46,23 @@ class Plain:
     def __init__(self, parameters: MutableMapping[str, Array] | None = None, cuts: Cuts | None = None) -> None:
         self.parameters: MutableMapping[str, Array] = {} if parameters is None else parameters
         self.cuts: Cuts = cuts or {}
+
+
+class Function(Plain):
+    """A function without parameters whose derivative you wrote: `forward(x)` gives the answer and what backward needs,
+    `backward(saved, dy)` the derivative by x."""
+
+    def __init__(
+        self, forward: Callable[[Array], tuple[Array, Saved]], backward: Callable[[Saved, Array], Array]
+    ) -> None:
+        super().__init__()
+        self._forward, self._backward = forward, backward
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        return self._forward(x)
+
+    def backward(self, saved: Saved, dy: Array) -> tuple[Array, Gradients]:
+        return self._backward(saved, dy), {}
 
 
 class Linear(Plain):
@@ -197,6 +214,10 @@ class Sequential:
     @property
     def parameters(self) -> MutableMapping[str, Array]:
         return Joined(self.layers)
+
+    def with_layers(self, layers: Mapping[str, Layer]) -> Sequential:
+        """The same of other layers under the same names, as their parts on one rank."""
+        return type(self)(layers)
 
     @property
     def cuts(self) -> Cuts:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from trainfleet.codec import Codec
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
+from trainfleet.mpi.arrays import Array, to_numpy
 from trainfleet.mpi.attention import SelfAttention
+from trainfleet.mpi.average import refuse_unlike
 from trainfleet.mpi.layers import GELU, Layer, Linear, ReLU, Sequential, Tanh
 from trainfleet.mpi.linear import split_linear
 from trainfleet.mpi.mesh import Mesh
@@ -35,9 +40,12 @@ class Spread:
 def parallelize(model: Sequential, optimizer: Optimizer, mesh: Mesh, *, codec: Codec | None = None) -> Spread:
     """Spread `model` as the plan of `mesh` says: split layers, place them, keep less, share the optimizer.
 
+    PeerError or PlanError names the first parameter that is not alike on all ranks.
     The order matters: the parameters of a layer are split over `tp` before its bands are shared over `dp_shard`.
     """
     plan = mesh.plan
+    refuse_unlike(list(model.parameters.items()), mesh.group)
+    refuse_other_numbers(model, mesh.group)
     wholes = {name: (tuple(value.shape) or (1,), value.dtype) for name, value in model.parameters.items()}
     if plan.tp > 1:
         model = split_layers(model, mesh["tp"])
@@ -50,6 +58,23 @@ def parallelize(model: Sequential, optimizer: Optimizer, mesh: Mesh, *, codec: C
     if plan.recompute == "blocks":
         model = Recompute(model, max(1, round(math.sqrt(len(model.layers)))))
     return Spread(model=model, optimizer=zero, mesh=mesh, wholes=wholes)
+
+
+def refuse_other_numbers(model: Sequential, group: Group) -> None:
+    """PlanError where a rank begins with other numbers than rank 0: what they train would be no common model."""
+    checks = [[name, zlib.crc32(_bytes(value))] for name, value in model.parameters.items()]
+    first, *others = group.exchange(checks)
+    for rank, theirs in enumerate(others, start=1):
+        for (name, mine), (_, check) in zip(first, theirs, strict=True):
+            if mine != check:
+                raise PlanError(
+                    f"Parameter {name!r} begins with other numbers on rank {rank} than on rank 0. "
+                    "Draw them from a generator of the same seed on every rank."
+                )
+
+
+def _bytes(value: Array) -> Any:
+    return np.ascontiguousarray(to_numpy(value)).reshape(-1).view(np.uint8)
 
 
 def split_layers(model: Sequential, group: Group) -> Sequential:
@@ -89,4 +114,4 @@ def _split(model: Sequential, group: Group) -> Sequential:
             found[names[at + 2]] = split_linear(following[1], group, "row")
         else:
             found[name] = layer
-    return type(model)(found)
+    return model.with_layers(found)

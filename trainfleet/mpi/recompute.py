@@ -6,12 +6,12 @@ k + n/k instead of n, least at k = sqrt(n), for one forward more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trainfleet.balance import cut
 from trainfleet.errors import PlanError
 from trainfleet.mpi.arrays import Array
-from trainfleet.mpi.layers import Gradients, Saved, Sequential
+from trainfleet.mpi.layers import Gradients, Layer, Saved, Sequential
 
 
 class Recompute(Sequential):
@@ -34,6 +34,9 @@ class Recompute(Sequential):
         self.segments = [
             Sequential({name: self.layers[name] for name in names[first:end]}) for first, end in zip(starts, ends)
         ]
+
+    def with_layers(self, layers: Mapping[str, Layer]) -> Recompute:
+        return Recompute(Sequential(layers), [next(iter(segment.layers)) for segment in self.segments])
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         inputs = []

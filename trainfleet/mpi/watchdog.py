@@ -13,6 +13,7 @@ import selectors
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -64,6 +65,8 @@ def _start(size: int, address: str) -> dict[str, Any]:
         start_new_session=True,
         text=True,
     )
+    # Whenever it ends, nothing of it is left; nobody waits for this thread.
+    threading.Thread(target=helper.wait, name="watchdog", daemon=True).start()
     assert helper.stdin is not None and helper.stdout is not None
     with helper.stdin as writing:
         writing.write(secret)

@@ -17,7 +17,7 @@ from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
-from trainfleet.parallel.recompute import PRODUCTS, recompute, refuse_no_blocks
+from trainfleet.parallel.recompute import PRODUCTS, recompute, refuse_no_blocks, stop_caching
 from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard, units_of
@@ -54,6 +54,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
     cast_compute(model, plan, device_type)
     if plan.recompute != "none":
         keep = (plan.recompute_keep or PRODUCTS) if plan.recompute == "selective" else ()
+        stop_caching(model)
         recompute(blocks[:: plan.recompute_every], keep)
     if plan.compile:
         for block in blocks or [model]:

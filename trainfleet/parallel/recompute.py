@@ -60,6 +60,17 @@ def _policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
     return policy
 
 
+def stop_caching(model: nn.Module) -> None:
+    """Let models of Hugging Face keep no keys and values of the past unless a call asks for it, as `generate` does.
+
+    They would in training too, and a recomputed block would add its own to them a second time.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False  # type: ignore[union-attr]
+
+
 def refuse_no_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """PlanError where there is nothing to recompute."""
     if not blocks:

@@ -165,8 +165,11 @@ class FileStore:
 
     def _sweep(self) -> None:
         for path in list(_files_below(self._root)):
-            if path.name.startswith(UNFINISHED) and _sweep_one(path):
-                self._remove_empty_folders(path.parent)
+            if path.name.startswith(UNFINISHED):
+                _sweep_one(path)
+        # A writer that dies may also leave a folder that it had only just made. One that lives makes it again.
+        for folder, _, _ in os.walk(self._root, topdown=False):
+            self._remove_empty_folders(Path(folder))
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self._root:

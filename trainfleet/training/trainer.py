@@ -31,6 +31,7 @@ from trainfleet.parallel.replicas import check_replicas
 from trainfleet.state import Stateful
 from trainfleet.training.anomaly import Anomalies
 from trainfleet.training.failure import note_step
+from trainfleet.training.last_save import refuse_unsaved_end
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.schedule import ScheduleConfig, multiple
@@ -106,6 +107,7 @@ class Trainer:
         self._evaluated_step = -1
         self._saved_step = -1
         self._saving: Save | None = None
+        self._save_error: CheckpointError | StoreError | None = None  # of the last save, if that failed
         self._anomalies: Anomalies | None = None
         self._is_prepared = checkpointer is None or save_every is None
         if self.config.evaluate_every and evaluation is None:
@@ -139,6 +141,8 @@ class Trainer:
             self._save_last()
             if reason != "interrupted":
                 summary = self._summary()
+            if self._checkpointer is not None:
+                refuse_unsaved_end(self._checkpointer, self.mesh.data_axes, self.step, self._save_error)
         except BaseException as exc:
             note_step(exc, self.step)
             reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
@@ -296,6 +300,7 @@ class Trainer:
                 self.step, metadata=self._metadata, metrics=self._metrics(), **self._all_states()
             )
         except (CheckpointError, StoreError) as exc:
+            self._save_error = exc
             self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
         self._saved_step = self.step
 
@@ -319,8 +324,10 @@ class Trainer:
         try:
             save.wait()
         except CheckpointError as exc:
+            self._save_error = exc
             self._emit(CheckpointFailed(step=save.step, reason=str(exc)))
         else:
+            self._save_error = None
             self._emit(CheckpointSaved(step=save.step, path=save.path, seconds=save.blocked.total_seconds()))
 
     def restore(self, *, cast: bool = False) -> int | None:
@@ -356,11 +363,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The trainer's own few numbers; the checkpoint holds them beside those of the engine and the data."""
-        return {
-            "step": self.step,
-            "best": self._best,
-            "evaluations_without_gain": self._evaluations_without_gain,
-        }
+        return {"step": self.step, "best": self._best, "evaluations_without_gain": self._evaluations_without_gain}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self.step = int(state["step"])

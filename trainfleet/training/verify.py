@@ -6,7 +6,8 @@ norms, gradients and parameters after each step are gathered and compared, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,15 @@ class Verdict:
             f"{self.largest.deviation:.1e} ({self.largest.tensor}), rounding explains {self.largest.tolerance:.1e}."
         )
 
+
+NOISE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-4}
+"""An element whose gradient is less than this part of the usual one (the root mean square of all) is rounding alone.
+Attention has such elements: the bias of its keys changes no softmax, so its gradient is what sums leave that should be
+zero. Adam makes steps of full size out of them, in any direction."""
+
+SMALL = 0.01
+"""A gradient whose elements are less than this part of the usual one counts as if they were as large: what its sums
+were rounded by came with larger numbers."""
 
 CONCATENATED_SLACK = {"fp32": 4.0, "bf16": 4.0, "fp16": 8.0}
 """Where one process takes the micro-batches of all ranks as one, it rounds the gradient of their sum once, and the
@@ -219,33 +229,82 @@ def compare(
 ) -> Verdict:
     """Compare traces; a tensor that only one of them has deviates without bound.
 
-    `slack` multiplies the tolerance.
-
-    A tensor that is not finite agrees where the same elements are not finite: fp16 overflows, and skips, alike.
+    `slack` multiplies the tolerance. A tensor that is not finite agrees where the same elements are not finite: fp16
+    overflows, and skips, alike. Elements of parameters whose gradient is rounding alone (NOISE) are not compared.
     """
     tolerance = TOLERANCE[precision] * slack
-    differences = [
-        Difference(tensor=name, deviation=_deviation(found.get(name), reference.get(name)), tolerance=tolerance)
-        for name in [*reference, *(name for name in found if name not in reference)]
-    ]
+    usual = _usual_gradients(reference)
+    noise = _noise(reference, usual, NOISE[precision])
+    differences = []
+    for name in [*reference, *(name for name in found if name not in reference)]:
+        step, _, what = name.partition(", ")
+        floor = SMALL * usual.get(step, 0.0) if what.startswith("gradient of ") else 0.0
+        aside = noise.get(what.removeprefix("parameter ")) if what.startswith("parameter ") else None
+        deviation = _deviation(found.get(name), reference.get(name), floor=floor, aside=aside)
+        differences.append(Difference(tensor=name, deviation=deviation, tolerance=tolerance))
     return Verdict(
         compared=len(differences),
         first=next((difference for difference in differences if not difference.explained), None),
         largest=max(differences, key=lambda difference: difference.deviation),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *_said_of(noise)),
     )
 
 
-def _deviation(found: NDArray[Any] | None, reference: NDArray[Any] | None) -> float:
+def _usual_gradients(reference: Trace) -> dict[str, float]:
+    """By step, the root mean square over the elements of all gradients."""
+    squares: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, int] = defaultdict(int)
+    for name, value in reference.items():
+        step, _, what = name.partition(", ")
+        if what.startswith("gradient of "):
+            squares[step] += float(np.square(np.abs(value[np.isfinite(value)]).astype(np.float64)).sum())
+            counts[step] += value.size
+    return {step: float(np.sqrt(squares[step] / max(1, counts[step]))) for step in squares}
+
+
+def _noise(reference: Trace, usual: Mapping[str, float], share: float) -> dict[str, NDArray[Any]]:
+    """By parameter, the elements that in some step had a gradient, but only of rounding; without those of none."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, value in reference.items():
+        step, _, what = name.partition(", ")
+        if what.startswith("gradient of "):
+            size = np.abs(value)
+            parameter = what.removeprefix("gradient of ")
+            here = (size > 0) & (size < share * usual[step])
+            found[parameter] = found.get(parameter, False) | here
+    return {name: elements for name, elements in found.items() if elements.any()}
+
+
+def _said_of(noise: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+    if not noise:
+        return ()
+    count = sum(int(elements.sum()) for elements in noise.values())
+    most = max(noise, key=lambda name: int(noise[name].sum()))
+    return (
+        f"{count} elements of parameters, most of them in {most}, have gradients of rounding alone. What an optimizer "
+        "makes of those is arbitrary, so these elements of the parameters are not compared.",
+    )
+
+
+def _deviation(
+    found: NDArray[Any] | None,
+    reference: NDArray[Any] | None,
+    *,
+    floor: float = 0.0,
+    aside: NDArray[Any] | None = None,
+) -> float:
+    """`floor` is the least size that elements of the reference count as; those `aside` do not count."""
     if found is None or reference is None or found.shape != reference.shape:
         return float("inf")
     wide = np.complex128 if np.iscomplexobj(reference) else np.float64
     a, b = found.astype(wide), reference.astype(wide)
-    finite = np.isfinite(b)
-    if not np.array_equal(finite, np.isfinite(a)):
+    counts = np.isfinite(b)
+    if not np.array_equal(counts, np.isfinite(a)):
         return float("inf")
-    distance = float(np.linalg.norm(a[finite] - b[finite]))
-    size = float(np.linalg.norm(b[finite]))
+    if aside is not None:
+        counts = counts & ~aside
+    distance = float(np.linalg.norm(a[counts] - b[counts]))
+    size = max(float(np.linalg.norm(b[counts])), floor * float(np.sqrt(counts.sum())))
     if distance == 0:
         return 0.0
     return distance / size if size else float("inf")

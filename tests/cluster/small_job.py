@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 BIN = Path(sys.executable).parent
 STEPS = 6
@@ -114,3 +118,15 @@ def write_job(folder: Path, **changes: str) -> Job:
     (folder / "learner.py").write_text(MODULE)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     return Job(folder=folder, env={**clean, "PATH": f"{BIN}:{os.environ['PATH']}"})
+
+
+@functools.cache
+def plain_losses() -> dict[int, float]:
+    """The losses of the same job, started by `trainfleet train --nproc 2`; once in a session."""
+    pytest.importorskip("torch", reason="the recipe is torch's")
+    with tempfile.TemporaryDirectory() as place:
+        job = write_job(Path(place) / "job")
+        job.run(["trainfleet", "train", "recipe.yaml", "--nproc", "2"])
+        losses = job.losses()
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses

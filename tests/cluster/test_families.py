@@ -1,0 +1,49 @@
+"""Models of Hugging Face's families compute under every stage of ZeRO what one process computes."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="Hugging Face's models are not installed: pip install 'trainfleet[hf]'")
+
+from families import FAMILIES, case_of
+from rank_pool import RankPools
+
+from trainfleet.mesh import Mesh
+from trainfleet.plan import Plan
+from trainfleet.training.verify import Trace, compare, reference_case, trace
+
+PLANS = [
+    Plan(zero=3),
+    Plan(zero=3, precision="bf16", recompute="blocks"),
+    Plan(zero=2, recompute="selective"),
+    Plan(zero=1, precision="fp16"),
+]
+
+
+def on_ranks(family: str, plan: Plan) -> Trace:
+    with Mesh.from_env(plan) as mesh:
+        return trace(case_of(family), plan, mesh)
+
+
+def on_one(family: str, plan: Plan, ranks: int) -> Trace:
+    with Mesh.from_env(plan) as mesh:
+        return trace(reference_case(case_of(family), ranks)[0], plan, mesh)
+
+
+def holds(ranks: RankPools, family: str, plan: Plan) -> None:
+    reference = ranks(1, on_one, family, Plan(precision=plan.precision, loss_scale=plan.loss_scale), 2)[0]
+    verdict = compare(reference, ranks(2, on_ranks, family, plan)[0], plan.precision)
+    assert verdict.holds, str(verdict)
+
+
+@pytest.mark.parametrize(("family", "plan"), [("bert", PLANS[0]), ("llama", PLANS[1])], ids=str)
+def test_a_family_computes_the_same(family: str, plan: Plan, ranks: RankPools) -> None:
+    holds(ranks, family, plan)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_the_same_under_every_plan(family: str, plan: Plan, ranks: RankPools) -> None:
+    holds(ranks, family, plan)
