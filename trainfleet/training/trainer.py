@@ -142,7 +142,7 @@ class Trainer:
             if reason != "interrupted":
                 summary = self._summary()
             if self._checkpointer is not None:
-                refuse_unsaved_end(self._checkpointer, self.mesh.data_axes, self.step, self._save_error)
+                refuse_unsaved_end(self._checkpointer, self.mesh.world, self.step, self._save_error)
         except BaseException as exc:
             note_step(exc, self.step)
             reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
