@@ -93,7 +93,7 @@ def check(ranks: RankPools, folder: str, way: Any, seed: int) -> None:
         assert not different, f"{plan} -> {other}: {different}"
 
 
-@pytest.mark.parametrize("way", WAYS[:3], ids=str)
+@pytest.mark.parametrize("way", WAYS[1:3], ids=str)
 def test_saved_under_one_plan_it_loads_under_another(ranks: RankPools, tmp_path: Any, way: Any) -> None:
     check(ranks, str(tmp_path), way, 0)
 
