@@ -49,6 +49,7 @@ def test_mpiexec_goes_on_where_it_stopped(job: Job) -> None:
     assert sorted(job.losses()) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.matrix
 def test_processes_with_the_variables_of_srun_train_with_the_same_losses_to_the_bit(job: Job) -> None:
     step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
     step |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "localhost"}

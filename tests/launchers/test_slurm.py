@@ -177,6 +177,7 @@ def pretended(job: Job, tmp_path: Path) -> Job:
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_with_a_pretended_srun_the_script_trains_as_one_host_does(pretended: Job, plain: dict[int, float]) -> None:
     (pretended.folder / "job.sh").write_text(script(pretended))
     pretended.run(["bash", "job.sh"])

@@ -78,6 +78,7 @@ def await_losses(job: Job, process: subprocess.Popen[str], seconds: float = 90) 
         time.sleep(0.1)
 
 
+@pytest.mark.matrix
 def test_two_hosts_train_as_one_does_and_what_they_say_bears_their_names(near: Job, plain: dict[int, float]) -> None:
     said = near.run(launch("--hosts", "127.0.0.1,127.0.0.2", "monitor.console=true"))
     assert near.losses() == plain
