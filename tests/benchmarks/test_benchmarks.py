@@ -35,6 +35,7 @@ def test_every_loop_of_a_comparison_computes_the_same_losses(tmp_path: Path) -> 
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_every_stage_holds_what_the_formula_says(tmp_path: Path) -> None:
     (table,) = tables("zero_memory", tmp_path, "--no-rivals")
     assert "is within 3% of the formula" in table["notes"][0]
@@ -42,6 +43,7 @@ def test_every_stage_holds_what_the_formula_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -> None:
     commands, first_steps = tables("startup", tmp_path, "--no-rivals")
     assert [row[3] for row in commands["rows"] if row[0] == "trainfleet --help"] == ["under 0.4 s"]
@@ -49,6 +51,7 @@ def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_checkpoints_are_timed_beside_a_plain_write(tmp_path: Path) -> None:
     loop, past_caches, commit, back = tables("checkpoint_stall", tmp_path, "--no-rivals")
     for table in (loop, past_caches):
@@ -57,6 +60,7 @@ def test_checkpoints_are_timed_beside_a_plain_write(tmp_path: Path) -> None:
     assert [row[0] for row in back["rows"]] == ["trainfleet"]
 
 
+@pytest.mark.matrix
 def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:
     (table,) = tables("data_loader", tmp_path)
     assert {row[2] for row in table["rows"]} == {"LocalBatches", "LocalBatches again", "DataLoader"}

@@ -65,6 +65,7 @@ def test_own_callback_tells_its_own_metric(tmp_path: Path) -> None:
     assert re.search(r"track +100/100 +images 3200", run(python("own_callback.py"), tmp_path))
 
 
+@pytest.mark.matrix
 def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path: Path) -> None:
     said = run(python("resume.py"), tmp_path)
     assert said.count("by SIGKILL") == 2 and "60 losses, equal to the bit: True" in said
@@ -87,6 +88,7 @@ def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> No
     assert right is not None and int(right[1]) > 80
 
 
+@pytest.mark.matrix
 def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -33,6 +33,7 @@ def test_two_processes_of_mpiexec_train(tmp_path: Path) -> None:
     assert "processes 2" in said and said.count("finished") == 1
 
 
+@pytest.mark.matrix
 def test_the_files_for_clusters_are_written(tmp_path: Path) -> None:
     run(tmp_path, str(EXAMPLES / "launch_files.sh"), str(tmp_path / "files"), "train.steps=7")
     script = (tmp_path / "files" / "job.sh").read_text()

@@ -20,6 +20,7 @@ RAY = ["trainfleet", "launch", "ray", "recipe.yaml"]
 
 
 @needs_ray
+@pytest.mark.matrix
 def test_two_processes_of_an_actor_train_as_two_plain_ones_do(job: Job, plain: dict[int, float]) -> None:
     said = job.run([*RAY, "--nproc-per-node", "2", "--cpus-per-rank", "0.5", "monitor.console=true"], seconds=180)
     assert job.losses() == plain

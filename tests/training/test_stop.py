@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from rank_pool import RankPools
@@ -40,7 +41,15 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_has_its_usual_effect() -> None:
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Also where a shell started the tests in the background, and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_has_its_usual_effect(ctrl_c_is_heard: None) -> None:
     pytest.importorskip("torch")
     from trainfleet.mesh import Mesh
 

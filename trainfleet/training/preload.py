@@ -40,7 +40,9 @@ def main(control: int, launcher: int, modules: Sequence[str]) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback of this process; a copy takes it back
+    hears_ctrl_c = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if hears_ctrl_c:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback of this process; a copy takes it back
     for module in modules:
         importlib.import_module(module)
     gc.collect()
@@ -51,7 +53,10 @@ def main(control: int, launcher: int, modules: Sequence[str]) -> None:
     os.waitpid(child, 0)
     with socket.socket(fileno=control) as asked:
         line = _copied(asked)
-    _run(_order(line, launcher))
+    order = _order(line, launcher)
+    if hears_ctrl_c:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _run(order)
 
 
 def prctl(option: int, value: int | bytes) -> bool:
@@ -93,7 +98,6 @@ def _order(line: socket.socket, launcher: int) -> dict[str, Any]:
     if os.getppid() != launcher:  # also where it died before the kernel was asked
         os._exit(1)
     os.setsid()  # the launcher signals all that a rank has started; and Ctrl-C is for the launcher alone
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with line, line.makefile("rb") as heard:
             line.sendall(b"%d\n" % os.getpid())
