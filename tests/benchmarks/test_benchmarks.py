@@ -27,6 +27,7 @@ def tables(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.cluster
+@pytest.mark.matrix
 def test_every_loop_of_a_comparison_computes_the_same_losses(tmp_path: Path) -> None:
     (table,) = tables("step_overhead", tmp_path, "--no-rivals", "--only", "tiny/1")
     rows = {row[0]: row for row in table["rows"]}
@@ -66,6 +67,7 @@ def test_the_data_loaders_are_compared_with_each_other(tmp_path: Path) -> None:
     assert {row[2] for row in table["rows"]} == {"LocalBatches", "LocalBatches again", "DataLoader"}
 
 
+@pytest.mark.matrix
 def test_the_fused_loss_is_timed_beside_the_plain_one(tmp_path: Path) -> None:
     (table,) = tables("linear_cross_entropy", tmp_path)
     assert [row[1] for row in table["rows"]] == ["plain", "trainfleet"]

@@ -23,6 +23,7 @@ def tables(script: str, folder: Path) -> list[dict[str, Any]]:
     return list(json.loads((folder / f"{script}.json").read_text())["tables"])
 
 
+@pytest.mark.matrix
 def test_averages_are_timed_beside_raw_sums(tmp_path: Path) -> None:
     large, small, overlap = tables("mpi_average", tmp_path)
     for table in (large, small):
@@ -31,6 +32,7 @@ def test_averages_are_timed_beside_raw_sums(tmp_path: Path) -> None:
     assert "of the averaging is hidden" in overlap["notes"][0]
 
 
+@pytest.mark.matrix
 def test_every_stage_holds_what_the_formula_says_and_loses_as_one_process(tmp_path: Path) -> None:
     (table,) = tables("mpi_zero", tmp_path)
     assert [row[0] for row in table["rows"]] == ["0", "1", "2", "3"]

@@ -123,6 +123,7 @@ def both(hosts: Hosts, commands: list[list[str]]) -> list[tuple[int, str, str]]:
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, ended, strict=True)]
 
 
+@pytest.mark.matrix
 def test_two_hosts_add_up(hosts, tmp_path):
     for code, out, err in both(hosts, [launcher(tmp_path, node) for node in range(2)]):
         assert code == 0, err

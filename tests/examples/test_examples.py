@@ -54,6 +54,7 @@ def test_own_loop_runs_under_torchrun(tmp_path: Path) -> None:
     assert loss < 1.5
 
 
+@pytest.mark.matrix
 def test_zero_shows_what_a_process_holds(tmp_path: Path) -> None:
     lines = run(python("zero.py"), tmp_path).splitlines()
     held = [ast.literal_eval(line.split(" ", 1)[1]) for line in lines if line.startswith("zero=")]

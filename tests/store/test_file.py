@@ -232,3 +232,32 @@ def test_a_folder_swept_while_another_makes_a_file_in_it_is_made_again(tmp_path)
         assert store.get(f"mine-{count}/x") == b"1"
         count += 1
     sweeper.join(20)
+
+
+def test_folders_that_others_remove_as_empty_are_made_again(tmp_path):
+    """As when one rank begins its first save while another tidies."""
+    ended = threading.Event()
+
+    def tidy():
+        while not ended.is_set():
+            FileStore(tmp_path)._sweep()
+            time.sleep(0.0005)
+
+    sweepers = [threading.Thread(target=tidy) for _ in range(2)]
+    for sweeper in sweepers:
+        sweeper.start()
+    try:
+        store = FileStore(tmp_path)
+        for number in range(100):
+            store.put(f"a/b-{number}/c", b"x")
+            store.delete(f"a/b-{number}/c")
+    finally:
+        ended.set()
+        for sweeper in sweepers:
+            sweeper.join()
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(StoreError, match="Cannot store 'a/b'"):
+        FileStore(tmp_path).put("a/b", b"x")

@@ -155,7 +155,8 @@ class FileStore:
             if self._device is not None:
                 raise
             if create:
-                _make_folders(self._root, None)
+                for made in _make_folders(self._root, None):
+                    _fsync_folder(made.parent)
                 self._device = self._root.stat().st_dev
             return
         if self._device is None:
@@ -291,28 +292,32 @@ def _sweep_one(path: Path) -> bool:
     return False
 
 
-def _open_unfinished(folder: Path, root: Path | None) -> tuple[int, Path]:
-    """A new locked file in `folder`, which is made if need be."""
+def _open_unfinished(folder: Path, root: Path | None) -> tuple[int, Path, list[Path]]:
+    """A new locked file in `folder`, and the folders that were made for it, of which a crash could take the entries."""
+    made: dict[Path, None] = {}
     for _attempt in range(100):
         path = folder / f"{_unfinished_here()}{secrets.token_hex(8)}"
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
-            _make_folders(folder, root)  # it may also have been removed, when empty, since we made it
+            # It may also have been removed, when empty, since we made it.
+            made |= dict.fromkeys(_make_folders(folder, root))
             continue
         with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever swept there
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
-            return descriptor, path
+            return descriptor, path, list(made)
         os.close(descriptor)  # swept between opening and locking
         time.sleep(0.001)
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 def _write_and_rename(path: Path, root: Path | None, data: Buffer | Iterable[Buffer]) -> int:
-    descriptor, unfinished = _open_unfinished(path.parent, root)
+    descriptor, unfinished, made = _open_unfinished(path.parent, root)
     # The lock goes with the descriptor, so the file must be in its place, or gone, before that closes.
     try:
+        for folder in made:
+            _fsync_folder(folder.parent)
         file = DirectFile(descriptor)
         for chunk in chunks_of(data):
             file.write(chunk)
@@ -327,17 +332,22 @@ def _write_and_rename(path: Path, root: Path | None, data: Buffer | Iterable[Buf
     return file.num_bytes
 
 
-def _make_folders(folder: Path, root: Path | None) -> None:
-    """Make `folder` and its parents (below `root`, where that is given) so that they outlast a crash."""
-    missing = []
+def _make_folders(folder: Path, root: Path | None) -> list[Path]:
+    """Make `folder` and its parents (below `root`, where that is given); those that were missing, outermost first."""
+    missing: list[Path] = []
     while not folder.exists():
         if folder == root:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-        missing.append(folder)
+        missing.insert(0, folder)
         folder = folder.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        _fsync_folder(path.parent)
+    for path in missing:
+        try:
+            path.mkdir()
+        except (FileExistsError, FileNotFoundError):
+            if path.exists() and not path.is_dir():
+                raise
+            # Another has made it, or has removed it, or its parent, as empty. Whoever needs it asks again.
+    return missing
 
 
 def _fsync_folder(folder: Path) -> None:
