@@ -82,7 +82,7 @@ def await_losses(job: Job, process: subprocess.Popen[str], seconds: float = 90) 
 def test_two_hosts_train_as_one_does_and_what_they_say_bears_their_names(near: Job, plain: dict[int, float]) -> None:
     said = near.run(launch("--hosts", "127.0.0.1,127.0.0.2", "monitor.console=true"))
     assert near.losses() == plain
-    assert re.search(r"^\[127\.0\.0\.1\] .*6/6", said, re.MULTILINE), said
+    assert re.search(r"^\[127\.0\.0\.[12]\] .*6/6", said, re.MULTILINE), said  # either may have rank 0
     assert ours(near) == []
 
 
