@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from trainfleet.batch import BatchStream, arrays, batch_size, map_arrays, to_device
+from trainfleet.batch import BatchStream, arrays, batch_size, cut_batch, map_arrays, to_device
 from trainfleet.errors import DataError
 
 
@@ -62,6 +62,18 @@ def test_the_size_is_that_of_the_first_array_with_a_dimension():
     assert batch_size({"scale": np.float32(2), "x": ones(5, 3)}) == 5
     with pytest.raises(DataError, match="type dict holds no array"):
         batch_size({"a": 1})
+
+
+def test_a_batch_is_cut_into_equal_parts_of_its_samples():
+    batch = {"input": np.arange(8).reshape(4, 2), "pair": (np.arange(4), np.float32(3)), "name": "x"}
+    first, second = cut_batch(batch, 2)
+    assert first["input"].tolist() == [[0, 1], [2, 3]] and second["pair"][0].tolist() == [2, 3]
+    assert first["pair"][1] == second["pair"][1] == 3 and second["name"] == "x"
+    assert cut_batch(batch, 1)[0] is batch
+    with pytest.raises(DataError, match=r"plan.microbatches is 3, which does not divide the 4 samples"):
+        cut_batch(batch, 3)
+    with pytest.raises(DataError, match=r"holds an array of shape \(5,\)"):
+        cut_batch([np.zeros(4), np.zeros(5)], 2)
 
 
 def test_a_batch_goes_to_a_device_whole():

@@ -191,7 +191,7 @@ def test_fsdp_trains_on_its_device_mesh_as_one_process_does(ranks):
 def test_an_axis_that_torch_models_have_not_yet_is_refused():
     from trainfleet.mesh import Mesh
 
-    with pytest.raises(PlanError, match=r"plan\.pp is 2, but torch models.*trainfleet\.mpi"):
+    with pytest.raises(PlanError, match=r"plan\.pp is 2, but torch models.*Set pp to 1"):
         Mesh.from_env(Plan(pp=2))
 
 

@@ -52,11 +52,28 @@ def test_a_four_way_split_on_two_processes_names_both_numbers_and_a_remedy():
 def test_tensor_and_pipeline_degrees_leave_the_rest_to_data():
     assert Plan(tp=2, pp=2).for_world(8).dp_replicate == 2
     assert Plan(zero=2, tp=2).for_world(8).dp_shard == 4
-    assert str(Plan(tp=2, pp=2).for_world(4)) == "zero=0 dp_replicate=1 dp_shard=1 tp=2 pp=2 fp32"
+    assert str(Plan(tp=2, pp=2).for_world(4)) == "zero=0 dp_replicate=1 dp_shard=1 tp=2 pp=2 1f1b fp32"
     with pytest.raises(PlanError, match=r"plan\.tp=4 does not divide the 2 processes"):
         Plan(tp=4).for_world(2)
-    with pytest.raises(PlanError, match=r"dp_replicate x dp_shard x tp x pp = 4 x 1 x 2 x 1 = 8 processes.*are 4"):
+    with pytest.raises(PlanError, match=r"dp_replicate x dp_shard x tp = 4 x 1 x 2 = 8 processes.*are 4"):
         Plan(dp_replicate=4, tp=2).for_world(4)
+
+
+def test_experts_are_dealt_out_over_ranks_that_see_different_data():
+    assert Plan(ep=2).for_world(4).dp_replicate == 4
+    with pytest.raises(PlanError, match=r"plan\.ep=4 does not divide"):
+        Plan(ep=4, tp=2).for_world(4)
+
+
+def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
+    assert [Plan(pp=2, schedule=each).num_stages for each in ("gpipe", "1f1b", "interleaved_1f1b", "zbv")] == [
+        2,
+        2,
+        4,
+        4,
+    ]
+    assert Plan(pp=2, schedule="looped_bfs", stages_per_rank=3).num_stages == 6
+    assert Plan(schedule="zbv").num_stages == 1
 
 
 @pytest.mark.parametrize(
@@ -67,6 +84,11 @@ def test_tensor_and_pipeline_degrees_leave_the_rest_to_data():
         ({"dp_shard": 2}, "plan.zero is 0, which shards nothing"),
         ({"offload": "parameters", "zero": 2}, "Set zero to 3"),
         ({"offload": "optimizer"}, "set zero to 1, 2 or 3"),
+        ({"stages": ("blocks.2",)}, "plan.stages is set with plan.pp = 1"),
+        ({"stages": ("blocks.2",), "pp": 4}, "names 1 modules.*so there are 2 stages; .* is 4"),
+        ({"microbatches": 0}, "plan.microbatches is 0; use at least 1"),
+        ({"engine_required": True}, "plan.engine_required is set with plan.engine = 'native'"),
+        ({"deepspeed_config": "ds.json"}, "plan.deepspeed_config is set .* Set engine to 'deepspeed'"),
         ({"recompute": "blocks", "recompute_every": 0}, "plan.recompute_every is 0"),
         ({"recompute": "blocks", "recompute_keep": ("mm",)}, "Set recompute to 'selective'"),
     ],

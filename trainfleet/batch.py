@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -65,6 +66,34 @@ def batch_size(batch: Batch) -> int:
         if len(array.shape):
             return int(array.shape[0])
     raise DataError(f"A batch of type {type(batch).__name__} holds no array, so its size is unknown.")
+
+
+def cut_batch(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in `parts` equal parts along the first dimension of its arrays; those without one go to every part.
+
+    Raises DataError where an array's first dimension is not that of the batch, or `parts` does not divide it.
+    """
+    if parts == 1:
+        return [batch]
+    size = batch_size(batch)
+    if size % parts:
+        raise DataError(
+            f"plan.microbatches is {parts}, which does not divide the {size} samples of a micro-batch. "
+            f"Use a micro-batch that is a multiple of {parts}."
+        )
+    length = size // parts
+
+    def part_of(array: Any, start: int) -> Any:
+        if not len(array.shape):
+            return array
+        if array.shape[0] != size:
+            raise DataError(
+                f"A micro-batch of {size} samples holds an array of shape {tuple(array.shape)}, so it cannot be cut "
+                f"into plan.microbatches = {parts} parts. Let the first dimension be the samples, or set it to 1."
+            )
+        return array[start : start + length]
+
+    return [map_arrays(functools.partial(part_of, start=start), batch) for start in range(0, size, length)]
 
 
 def to_device(batch: Batch, device: Any) -> Batch:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""Axes whose ranks see different data."""
+
 # Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
 _made: dict[tuple[str, tuple[int, ...]], tuple[DeviceMesh, ProcessGroup]] = {}
 _made_over: ProcessGroup | None = None
@@ -59,7 +62,7 @@ class Mesh(Axes):
 
     `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis, `mesh.data_axes` the
     Group over which gradients are averaged and batches are dealt, `mesh.world` the Group of all ranks, `mesh.torch`
-    what FSDP2 and DTensors take. The axis `tp` is there where the plan splits layers.
+    what FSDP2 and DTensors take. The axes pp (the first), cp and tp (the last two) are there where the plan uses them.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Mesh(Axes):
         PlanError where the plan does not fit the number of ranks; PeerError where a rank did not come in time.
         """
         plan = plan or Plan()
-        _refuse_other_axes(plan)
+        _refuse_unbuilt(plan)
         import torch.distributed as dist
 
         from trainfleet.comm.torch_group import TorchGroup, init_process_group
@@ -102,10 +105,13 @@ class Mesh(Axes):
         owns = not dist.is_initialized()
         environment = RankEnvironment.from_env() if owns else _environment_of_process_group()
         plan = plan.for_world(environment.world_size)
-        axes = {"dp_replicate": plan.dp_replicate or 1, "dp_shard": plan.dp_shard or 1}
-        data_name = " x ".join(axes)
-        if plan.tp > 1:
-            axes["tp"] = plan.tp
+        degrees = {
+            "pp": plan.pp,
+            **{axis: getattr(plan, axis) or 1 for axis in DATA_AXES},
+            "cp": plan.cp,
+            "tp": plan.tp,
+        }
+        axes = {axis: degree for axis, degree in degrees.items() if degree > 1 or axis in DATA_AXES}
         device = _device(device, environment, None if owns else dist.get_backend_config())
         if owns:
             init_process_group(environment, device=device, timeout=timeout)
@@ -119,8 +125,8 @@ class Mesh(Axes):
             device=device,
             torch=device_mesh,
             groups={name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes},
-            data_axes=TorchGroup(of_data, name=data_name),
-            world=TorchGroup(world, name="world") if plan.tp > 1 else None,
+            data_axes=TorchGroup(of_data, name=" x ".join(DATA_AXES)),
+            world=TorchGroup(world, name="world") if len(axes) > len(DATA_AXES) else None,
             owns_process_group=owns,
         )
 
@@ -146,12 +152,15 @@ class Mesh(Axes):
         self.close()
 
 
-def _refuse_other_axes(plan: Plan) -> None:
-    if plan.pp > 1:
-        raise PlanError(
-            f"plan.pp is {plan.pp}, but torch models are spread over data-parallel and tensor-parallel ranks only so "
-            "far. Set pp to 1; NumPy models over MPI (trainfleet.mpi) take it."
-        )
+def _refuse_unbuilt(plan: Plan) -> None:
+    for axis in ("pp", "cp", "ep"):
+        if getattr(plan, axis) > 1:
+            raise PlanError(
+                f"plan.{axis} is {getattr(plan, axis)}, but torch models are spread over data-parallel and "
+                f"tensor-parallel ranks only so far. Set {axis} to 1."
+            )
+    if plan.engine != "native":
+        raise PlanError(f"plan.engine is {plan.engine!r}, which is not built yet. Set it to 'native'.")
 
 
 def _environment_of_process_group() -> RankEnvironment:
@@ -210,7 +219,9 @@ def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> 
         rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]
         groups = [_own_group(ranks_of_groups, timeout) for ranks_of_groups in rows]
         mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
-        data_ranks = ranks.reshape(-1, axes.get("tp", 1)).mT.tolist()
+        of_data = [list(axes).index(axis) for axis in DATA_AXES]
+        together = ranks.movedim(of_data, [-2, -1]).flatten(-2)
+        data_ranks = together.reshape(-1, together.shape[-1]).tolist()
         same = next((group for group, row in zip(groups, rows) if sorted(row) == sorted(data_ranks)), None)
         _made[key] = mesh, same or _own_group(data_ranks, timeout)
     return _made[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +10,13 @@ from trainfleet.errors import PlanError
 
 STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 """For `__pydantic_config__` of every settings dataclass: unknown keys are refused, docstrings describe."""
+
+MODEL_AXES = ("tp", "cp", "pp")
+"""Axes whose ranks see the same data, and compute one copy of the model together."""
+
+
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"]
+"""Schedules of a pipeline, from the plainest on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +50,9 @@ class Plan:
 
     `zero` 0 replicates the model (data parallel); 1 splits the optimizer state, 2 the gradients too,
     3 the parameters too (ZeRO, arXiv:1910.02054), over `dp_shard` ranks; `dp_replicate` groups of those
-    repeat it. A degree of None takes what the world size leaves. `tp` ranks share each layer, and `pp` groups of those
-    hold the layers one after the other.
+    repeat it. A degree of None takes what the world size leaves. `tp` ranks share each layer, `cp` groups of those
+    share each sequence, and `pp` groups of all these hold the layers one after the other. `ep` of the ranks that see
+    different data share the experts.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -57,8 +66,30 @@ class Plan:
     tp: int = 1
     """Ranks over which each layer is split (tensor parallelism): attention by heads, pairs of linear layers by what is
     between them."""
+    cp: int = 1
+    """Ranks over which each sequence is split (context parallelism)."""
+    cp_attention: Literal["ring", "all_to_all"] = "ring"
+    """How attention sees the whole sequence under cp: keys and values go round the ranks, or ranks trade the sequence
+    for heads."""
+    ep: int = 1
+    """Ranks over which the experts of a mixture are dealt out (expert parallelism); they are some of those that see
+    different data."""
     pp: int = 1
-    """Ranks over which the layers are dealt out in turn (pipeline). So far only for NumPy models over MPI."""
+    """Ranks over which the layers are dealt out in turn (pipeline)."""
+    schedule: Schedule = "1f1b"
+    """The order in which a pipeline's ranks take micro-batches forward and backward."""
+    stages_per_rank: int | None = None
+    """Stages of the pipeline that each rank holds. None: 2 in schedules that need several, else 1."""
+    stages: tuple[str, ...] = ()
+    """Names of the modules with which the pipeline's second and further stages begin. Empty: balanced by cost."""
+    microbatches: int = 1
+    """Into how many parts, along its first dimension, each micro-batch is cut; a pipeline needs some to fill it."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """What runs the plan: our own engine, or DeepSpeed (extra `deepspeed`), which takes data parallelism and ZeRO."""
+    engine_required: bool = False
+    """Refuse the run where the engine is not installed. False: our own takes its place, with a warning."""
+    deepspeed_config: str | None = None
+    """Path of a DeepSpeed JSON file with further settings for its engine."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """The dtype of matrix products and convolutions; parameters, gradients and optimizer state stay float32."""
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -88,10 +119,10 @@ class Plan:
     """Names or class names of modules that every tensor-parallel rank computes whole."""
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "tp", "pp"):
+        for name in ("dp_replicate", "dp_shard", *MODEL_AXES, "ep", "stages_per_rank", "microbatches"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
-                raise PlanError(f"plan.{name} is {degree}; a degree is at least 1.")
+                raise PlanError(f"plan.{name} is {degree}; use at least 1.")
         if self.zero == 0 and self.dp_shard not in (None, 1):
             raise PlanError(
                 f"plan.zero is 0, which shards nothing, but plan.dp_shard is {self.dp_shard}. "
@@ -112,11 +143,35 @@ class Plan:
         if self.offload == "optimizer" and self.zero == 0:
             raise PlanError("plan.offload is 'optimizer' with plan.zero = 0; set zero to 1, 2 or 3.")
 
+        self._refuse_of_pipeline()
+        self._refuse_of_engine()
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "
                 "Leave one of them out."
             )
+
+    def _refuse_of_pipeline(self) -> None:
+        if self.pp == 1 and (self.stages or self.stages_per_rank is not None):
+            name = "stages" if self.stages else "stages_per_rank"
+            raise PlanError(f"plan.{name} is set with plan.pp = 1, which has no stages. Set pp to 2 or more.")
+        if self.stages and len(self.stages) + 1 != self.num_stages:
+            raise PlanError(
+                f"plan.stages names {len(self.stages)} modules, which begin the second and further stages, so there "
+                f"are {len(self.stages) + 1} stages; plan.pp x plan.stages_per_rank is {self.num_stages}. "
+                "Make both agree."
+            )
+
+    def _refuse_of_engine(self) -> None:
+        if self.engine != "deepspeed" and (self.deepspeed_config or self.engine_required):
+            name = "deepspeed_config" if self.deepspeed_config else "engine_required"
+            raise PlanError(f"plan.{name} is set with plan.engine = {self.engine!r}. Set engine to 'deepspeed'.")
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline; 1 without one."""
+        several = self.pp > 1 and self.schedule not in ("gpipe", "1f1b")
+        return self.pp * (self.stages_per_rank or (2 if several else 1))
 
     def data_ranks(self, world_size: int) -> int:
         """How many of `world_size` ranks see different data, or PlanError."""
@@ -126,8 +181,9 @@ class Plan:
     def for_world(self, world_size: int) -> Plan:
         """The same plan with every degree filled in for `world_size` ranks, or PlanError."""
         replicate, shard = self.dp_replicate, self.dp_shard
-        others = self.tp * self.pp
-        name = "tp" if self.pp == 1 else "pp" if self.tp == 1 else "tp x pp"
+        used = {axis: degree for axis in MODEL_AXES if (degree := getattr(self, axis)) > 1}
+        others = math.prod(used.values())
+        name = " x ".join(used) or "tp"
         for_data = _quotient(world_size, others, name)  # the ranks that see different data
         if self.zero == 0:
             shard = 1
@@ -140,18 +196,23 @@ class Plan:
         needed = replicate * shard * others
         if needed != world_size:
             names, degrees = "dp_replicate x dp_shard", f"{replicate} x {shard}"
-            if others > 1:
-                names, degrees = f"{names} x tp x pp", f"{degrees} x {self.tp} x {self.pp}"
+            for axis, degree in used.items():
+                names, degrees = f"{names} x {axis}", f"{degrees} x {degree}"
             raise PlanError(
                 f"The plan needs {names} = {degrees} = {needed} processes, "
                 f"but there are {world_size}. Start {needed}, or change the plan."
             )
+        if for_data % self.ep:
+            _quotient(for_data, self.ep, "ep")
         return replace(self, dp_replicate=replicate, dp_shard=shard)
 
     def __str__(self) -> str:
         parts = [f"zero={self.zero}"]
         parts += [f"{name}={value}" for name in ("dp_replicate", "dp_shard") if (value := getattr(self, name))]
-        parts += [f"{name}={value}" for name in ("tp", "pp") if (value := getattr(self, name)) > 1]
+        parts += [f"{n}={value}" for n in (*MODEL_AXES, "ep", "microbatches") if (value := getattr(self, n)) > 1]
+        parts += [self.schedule] * (self.pp > 1)
+        parts += [self.cp_attention] * (self.cp > 1)
+        parts += [f"engine={self.engine}"] * (self.engine != "native")
         parts.append(self.precision)
         every = f"/{self.recompute_every}" * (self.recompute_every > 1)
         parts += [f"recompute={self.recompute}{every}"] * (self.recompute != "none")

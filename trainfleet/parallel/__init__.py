@@ -3,6 +3,7 @@
 from trainfleet.parallel.apply import parallelize
 from trainfleet.parallel.ema import Ema
 from trainfleet.parallel.engine import Engine, NativeEngine
+from trainfleet.parallel.engines import make_engine
 from trainfleet.parallel.spread import accumulating
 
-__all__ = ["Ema", "Engine", "NativeEngine", "accumulating", "parallelize"]
+__all__ = ["Ema", "Engine", "NativeEngine", "accumulating", "make_engine", "parallelize"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
@@ -29,8 +30,10 @@ from trainfleet.plan import Plan
 logger = logging.getLogger(__name__)
 
 
-def parallelize(model: nn.Module, mesh: Mesh, plan: Plan) -> nn.Module:
+def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | None = None) -> nn.Module:
     """Spread `model` over `mesh` as `plan` says, in place; make the optimizer afterwards.
+
+    `example` is a micro-batch, which a pipeline (plan.pp) needs to see what its stages hand on.
 
     The order matters: each step sees what the previous one made. All ranks call it with equal models;
     where their parameters differ, those of rank 0 are taken. A model built by `deferred` is filled here,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainfleet.batch import Batch, to_device
+from trainfleet.batch import Batch, cut_batch, to_device
 from trainfleet.comm.group import Work
 from trainfleet.errors import DataError, PlanError
 from trainfleet.loss import LossSum
@@ -115,6 +115,8 @@ class NativeEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
         if not micro_batches:
             raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
+        if self.plan.microbatches > 1:
+            micro_batches = [part for batch in micro_batches for part in cut_batch(batch, self.plan.microbatches)]
         if not self.model.training:  # walking through all modules costs 0.1 ms
             self.model.train()
         self._usage.start()
@@ -138,7 +140,7 @@ class NativeEngine:
         scale = self.loss_scale or 1.0
         for i, batch in enumerate(micro_batches):
             if self._seed is not None:
-                seed_micro_batch(self._seed, self.steps, i * self.mesh.data_axes.size + self.mesh.data_axes.rank)
+                seed_micro_batch(self._seed, self.steps, self._number(i))
             with self.spread.micro_batch(last=i == len(micro_batches) - 1):
                 with phase("forward", self.model, self.optimizer):
                     loss = self._loss(to_device(batch, device))
@@ -156,6 +158,11 @@ class NativeEngine:
         self._usage.drop_unused(used)
         self._finish_gradients(weight, scale)
         return LossSum(total, weight)
+
+    def _number(self, i: int) -> int:
+        """The number that this rank's `i`-th micro-batch has in the step of one process that takes those of all."""
+        parts, ranks = self.plan.microbatches, self.mesh.data_axes
+        return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
     def _loss(self, batch: Batch) -> LossSum:
         output = self._forward(self.model, batch)

@@ -17,7 +17,7 @@ from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.config import to_plain, to_yaml
-from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, PlanError, StoreError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
@@ -116,7 +116,8 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
         seed_generators(recipe.train.seed, mesh.data_axes.rank)
-        model = parallelize(build_model(recipe, given), mesh, recipe.plan)
+        example = _example(recipe, given, micro) if recipe.plan.pp > 1 else None
+        model = parallelize(build_model(recipe, given), mesh, recipe.plan, example=example)
         optimizer = build_optimizer(
             recipe.optimizer.name,
             model,
@@ -158,6 +159,15 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         tell.observers = trainer.observers
         _begin_or_resume(recipe, trainer, checkpointer)
         yield trainer
+
+
+def _example(recipe: Recipe, given: Given, size: int) -> Batch:
+    """The first micro-batch of the recipe's stream, from a stream of its own."""
+    batches = recipe.data.open_training(size=size, seed=recipe.train.seed, source=given.source)
+    try:
+        return next(batches)
+    finally:
+        _close(batches)
 
 
 def _told_to_the_launcher() -> list[Observer]:
@@ -344,6 +354,11 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
     plan = recipe.plan.for_world(world_size)
     ranks = plan.data_ranks(world_size)
     micro, accumulation, whole = recipe.batch.resolve(ranks)
+    if micro % plan.microbatches:
+        raise PlanError(
+            f"plan.microbatches is {plan.microbatches}, which does not divide the {micro} samples of a micro-batch. "
+            f"Make batch.micro_batch a multiple of {plan.microbatches}."
+        )
     model = deferred(lambda: build_model(replace(recipe, model=replace(recipe.model, deferred=False)), Given()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     loss_by_name(recipe.loss)

@@ -25,7 +25,7 @@ from trainfleet.events import (
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import used_bytes
-from trainfleet.parallel import Ema, Engine, NativeEngine
+from trainfleet.parallel import Ema, Engine, make_engine
 from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.state import Stateful
@@ -79,7 +79,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         self.mesh = mesh
-        self.engine = engine or NativeEngine(model, optimizer, loss_fn, seed=self.config.seed)
+        self.engine = engine or make_engine(model, optimizer, loss_fn, seed=self.config.seed)
         self.model = model
         self.optimizer = optimizer
         self.batches = batches

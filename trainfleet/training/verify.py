@@ -119,8 +119,9 @@ def verify(case: Case, plan: Plan, nproc: int) -> Verdict:
     if remarks and plan.precision == "fp16":
         # One process would sum the gradients of all ranks in fp16, and overflow where they do not.
         plan = replace(plan, loss_scale=LossScale(initial=min(plan.loss_scale.initial, 1024.0)))
-    with Mesh.from_env(Plan(precision=plan.precision)) as mesh:
-        reference = trace(together, Plan(precision=plan.precision, loss_scale=plan.loss_scale), mesh)
+    alone = Plan(precision=plan.precision, loss_scale=plan.loss_scale, microbatches=plan.microbatches)
+    with Mesh.from_env(alone) as mesh:
+        reference = trace(together, alone, mesh)
     case = replace(case, build=together.build)
     found = launch(_trace_rank, nproc, (case, plan))[0]
     if found is None:
@@ -188,11 +189,11 @@ def trace(case: Case, plan: Plan, mesh: Mesh) -> Trace:
     """Run `case` under `plan` on the ranks of `mesh`; what was computed, gathered whole, on every rank."""
     import torch
 
-    from trainfleet.parallel import NativeEngine, parallelize
+    from trainfleet.parallel import make_engine, parallelize
 
     torch.manual_seed(case.seed)
-    model = parallelize(case.build(), mesh, plan)
-    engine = NativeEngine(model, case.optimizer(model), case.loss_fn, seed=case.seed)
+    model = parallelize(case.build(), mesh, plan, example=case.micro_batch(0))
+    engine = make_engine(model, case.optimizer(model), case.loss_fn, seed=case.seed)
     found: Trace = {}
     ranks = mesh.data_axes.size
     for step in range(case.steps):

@@ -1,0 +1,24 @@
+"""make_engine: the engine that a spread model's plan asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trainfleet.batch import Batch
+from trainfleet.parallel.engine import Engine, LossFunction, NativeEngine
+
+
+def make_engine(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_fn: LossFunction,
+    *,
+    forward: Callable[[nn.Module, Batch], Any] | None = None,
+    seed: int | None = 0,
+) -> Engine:
+    """The Engine for `model`, which went through `parallelize`; arguments are those of `NativeEngine`."""
+    return NativeEngine(model, optimizer, loss_fn, forward=forward, seed=seed)
