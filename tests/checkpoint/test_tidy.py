@@ -336,3 +336,17 @@ def test_damage_that_was_found_is_remembered_until_the_step_is_saved_again(find,
         assert checkpointer.steps() == [1, 2, 3]
         checkpointer.save(2, m=state(2)).wait()  # anew: whole, and the newest
         assert checkpointer.steps() == [2, 3] and checkpointer.verify(2) == []
+
+
+def test_a_checkpoint_of_a_newer_version_counts_as_whole_also_after_a_look_at_it():
+    store = MemoryStore()
+    with Checkpointer(store, retention=Retention(last=2)) as checkpointer:
+        checkpointer.save(1, m=state(1)).wait()
+        checkpointer.save(2, m=state(2)).wait()
+        ours = store.get("step-00000002/manifest.json")
+        store.put("step-00000002/manifest.json", seal("manifest", {"format": 99}))
+        with pytest.raises(CheckpointError, match="newer"):
+            checkpointer.verify(2)
+        store.put("step-00000002/manifest.json", ours)
+        checkpointer.save(3, m=state(3)).wait()
+        assert checkpointer.steps() == [2, 3]

@@ -98,7 +98,7 @@ def test_kubernetes_writes_a_recipe_that_pods_can_load(capsys: pytest.CaptureFix
     assert launch("kubernetes", "tiny.yaml", *flags, "train.steps=7") == 0
     config_map, job_set = yaml.safe_load_all(capsys.readouterr().out)
     Path("in_pod.yaml").write_text(config_map["data"]["recipe.yaml"])
-    assert "folder: /work/run\n" in config_map["data"]["recipe.yaml"]
+    assert "folder: /mnt/runs/run\n" in config_map["data"]["recipe.yaml"]
     with pytest.raises(SystemExit) as ended:
         main(["config", "show", "in_pod.yaml", "--yaml"])
     assert not ended.value.code and "steps: 7" in capsys.readouterr().out

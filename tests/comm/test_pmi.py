@@ -148,3 +148,33 @@ def test_it_goes_together_with_mpi_itself(before: bool) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == ["here:1 2"] * 2
+
+
+LATE = r"""
+import os, time
+from datetime import timedelta
+from mpi4py import MPI
+from trainfleet.comm import pmi
+from trainfleet.errors import PeerError
+if os.environ["PMI_RANK"] == "0":
+    time.sleep(3)
+    word = pmi.tell_all("here:1", timedelta(seconds=20))
+else:
+    try:
+        word = pmi.tell_all(None, timedelta(seconds=0.3))
+    except PeerError as error:
+        word = str(error)
+os.write(1, f"{word}\n".encode())
+os._exit(0)
+"""
+
+
+@pytest.mark.cluster
+def test_a_word_over_mpi_itself_has_a_deadline() -> None:
+    pytest.importorskip("mpi4py", reason="MPI is not installed: pip install 'trainfleet[mpi]'")
+    if not MPIEXEC.exists():
+        pytest.skip("there is no mpiexec beside this Python: pip install mpich")
+    done = subprocess.run(
+        [str(MPIEXEC), "-n", "2", sys.executable, "-c", LATE], capture_output=True, text=True, timeout=60
+    )
+    assert "Not all ranks of this mpiexec came within 0.3 s" in done.stdout, done.stdout + done.stderr

@@ -26,7 +26,9 @@ PODS = Pods(
 
 def made(kind: str, pods: Pods = PODS, command: Command = COMMAND) -> dict[str, dict[str, Any]]:
     """By kind, as they come out of the file."""
-    written = "---\n".join(to_yaml(each) for each in manifests(command, pods, recipe="folder: /work/run\n", kind=kind))
+    written = "---\n".join(
+        to_yaml(each) for each in manifests(command, pods, recipe="folder: /mnt/runs/run\n", kind=kind)
+    )
     assert "&id" not in written  # an anchor is valid, and nobody reads it with pleasure
     return {each["kind"]: each for each in yaml.safe_load_all(written)}
 
@@ -103,7 +105,7 @@ def test_volumes_and_mounts_fit_together(kind: str) -> None:
     spec = pod_template(found)["spec"]
     (container,) = spec["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"recipe": "/etc/trainfleet", "work": "/work", "shared-memory": "/dev/shm"}
+    assert mounts == {"recipe": "/etc/trainfleet", "work": "/mnt/runs", "shared-memory": "/dev/shm"}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert set(volumes) == set(mounts)
     assert volumes["recipe"]["configMap"]["name"] == found["ConfigMap"]["metadata"]["name"]
@@ -126,8 +128,8 @@ def test_a_failed_pod_has_the_set_made_anew_and_a_drained_node_is_not_counted() 
 
 def test_the_recipe_in_the_pods_is_the_one_that_was_resolved() -> None:
     recipe = load_config(Recipe, values={"batch.micro_batch": 2, "folder": "runs/gpt", "train.steps": 7}, env={}).value
-    moved = below(recipe, "/work")
-    assert moved.folder == "/work/runs/gpt" and below(moved, "/work") == moved
+    moved = below(recipe, "/mnt/runs")
+    assert moved.folder == "/mnt/runs/runs/gpt" and below(moved, "/mnt/runs") == moved
     found = manifests(COMMAND, PODS, recipe=to_yaml(moved), kind="jobset")
     again = load_config(Recipe, values=yaml.safe_load(found[0]["data"]["recipe.yaml"]), env={}).value
     assert again == moved

@@ -23,13 +23,13 @@ def answer(host: str, *, ahead: float = 0.0, took: float = 0.2, **changes: Any) 
 
 
 def check(*answers: Answer) -> list[str]:
-    return check_answers(answers, first="a", port=4000, recipe="r.yaml", directory="/work")
+    return check_answers(answers, first="a", port=4000, recipe="r.yaml", directory="/srv/code")
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"recipe": False}, LaunchError, "b has no file r.yaml in /work"),
+        ({"recipe": False}, LaunchError, "b has no file r.yaml in /srv/code"),
         ({"knows_first": False}, LaunchError, "b does not know the name a, where the hosts are to meet"),
         ({"port_is_free": False}, LaunchError, "Port 4000 of b is in use"),
         ({"versions": {"torch": "2.2"}}, PeerError, "b has torch 2.2, but a has torch 2.1. Use the same everywhere"),

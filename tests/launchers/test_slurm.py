@@ -79,7 +79,7 @@ def script(job: Job | None = None, *, time: str = "1:00:00", nodes: int = 2, npr
         program=(sys.executable, "-m", "trainfleet.cli.main"),
     )
     allocation = Allocation(time=time, **asked)  # type: ignore[arg-type]
-    folder = str(job.folder) if job else "/shared/work"
+    folder = str(job.folder) if job else "/shared/code"
     return sbatch_script(command, allocation, directory=folder, python=sys.executable)
 
 

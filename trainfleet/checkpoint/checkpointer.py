@@ -281,10 +281,10 @@ class Checkpointer:
         CheckpointError where a newer version wrote it.
         """
         verdict = examine(self._store, step)
-        if verdict.problems:
-            self._distrusted.add(step)
         if verdict.state == "unreadable":
             raise CheckpointError(verdict.problems[0])
+        if verdict.problems:
+            self._distrusted.add(step)
         return [*verdict.problems, *(f"{name}: not part of the checkpoint" for name in verdict.surplus)]
 
     def place(self, step: int) -> str:

@@ -97,7 +97,7 @@ def kubernetes(
     cpus: str | None = typer.Option(None, "--cpus-per-node", help="Such as 16."),
     memory: str | None = typer.Option(None, "--memory", help="Of a pod, such as 64Gi."),
     shared_memory: str = typer.Option("8Gi", "--shared-memory", help="Size of /dev/shm."),
-    mount: str = typer.Option("/work", "--mount", help="Where the claim is mounted."),
+    mount: str = typer.Option("/mnt/runs", "--mount", help="Where the claim is mounted."),
     claim_size: str | None = typer.Option(None, "--claim-size", help="Make the claim too, such as 500Gi."),
     storage_class: str | None = typer.Option(None, "--storage-class", help="Of the claim that is made."),
     max_restarts: int = RESTARTS,

@@ -29,7 +29,7 @@ def has_space(env: Mapping[str, str]) -> bool:
 def tell_all(word: str | None, timeout: timedelta) -> str:
     """The word of rank 0, on all ranks; the others give None. Once in a process: a barrier of the launcher."""
     if _mpi_is_initialised():
-        return _broadcast(word)
+        return _broadcast(word, timeout)
     return _Space(int(os.environ["PMI_FD"]), timeout).exchange(word)
 
 
@@ -71,10 +71,7 @@ class _Space:
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._descriptor], [], [], max(0.0, self._ends - time.monotonic()))
             if not ready:
-                raise PeerError(
-                    f"Not all ranks of this mpiexec came within {self._timeout.total_seconds():g} s.",
-                    hint="Look at what the other ranks say: one has not begun, or failed before it met the others.",
-                )
+                raise _late(self._timeout)
             # One byte at a time: what follows the line belongs to whoever reads this socket next.
             byte = os.read(self._descriptor, 1)
             if not byte or len(line) > _LONGEST_LINE:
@@ -88,8 +85,20 @@ def _mpi_is_initialised() -> bool:
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
-def _broadcast(word: str | None) -> str:
+def _broadcast(word: str | None, timeout: timedelta) -> str:
     mpi: Any = sys.modules["mpi4py.MPI"]
     line = bytearray((word or "").encode().ljust(_LONGEST_LINE))
-    mpi.COMM_WORLD.Bcast([line, mpi.BYTE], root=0)
+    request = mpi.COMM_WORLD.Ibcast([line, mpi.BYTE], root=0)
+    ends = time.monotonic() + timeout.total_seconds()
+    while not request.Test():
+        if time.monotonic() > ends:
+            raise _late(timeout)
+        time.sleep(0.001)
     return line.decode().strip()
+
+
+def _late(timeout: timedelta) -> PeerError:
+    return PeerError(
+        f"Not all ranks of this mpiexec came within {timeout.total_seconds():g} s.",
+        hint="Look at what the other ranks say: one has not begun, or failed before it met the others.",
+    )

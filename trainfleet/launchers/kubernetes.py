@@ -39,7 +39,7 @@ class Pods:
     """PersistentVolumeClaim for the run folder; with several hosts one that many nodes can mount."""
     name: str = "trainfleet"
     namespace: str | None = None
-    mount: str = "/work"
+    mount: str = "/mnt/runs"
     """Where the claim is mounted: a run folder that is not absolute is below it."""
     gpus: int = 0
     gpu_resource: str = "nvidia.com/gpu"
