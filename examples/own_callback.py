@@ -24,7 +24,7 @@ class ImagesSeen:
 with Mesh.from_env() as mesh:
     model = parallelize(mlp(), mesh, Plan())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    batches = LocalBatches(Digits(), size=32, rank=mesh.rank, world_size=mesh.world_size)
+    batches = LocalBatches(Digits(), size=32, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size)
     trainer = Trainer(model, optimizer, digit_loss, batches, mesh=mesh, observers=[Console(log_interval=50)])
     trainer.observers.add(ImagesSeen(trainer))
     trainer.fit(steps=100)

@@ -40,5 +40,5 @@ plan = Plan(zero=3)
 with Mesh.from_env(plan) as mesh:
     model = parallelize(Gated(), mesh, plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batches = LocalBatches(Digits(), size=32, rank=mesh.rank, world_size=mesh.world_size)
+    batches = LocalBatches(Digits(), size=32, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size)
     print(Trainer(model, optimizer, digit_loss, batches, mesh=mesh).fit(steps=100))

@@ -10,7 +10,7 @@ plan = Plan(zero=3)
 with Mesh.from_env(plan) as mesh:
     model = parallelize(mlp(), mesh, plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batches = LocalBatches(Digits(), size=32, rank=mesh.rank, world_size=mesh.world_size)
+    batches = LocalBatches(Digits(), size=32, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size)
     for _ in range(100):
         with accumulating(model):  # adds to the gradients; the next backward exchanges them
             first = next(batches)

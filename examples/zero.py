@@ -11,7 +11,8 @@ def bytes_held(zero: int) -> dict[str, int]:
     with Mesh.from_env(plan := Plan(zero=zero)) as mesh:
         model = parallelize(mlp(), mesh, plan)
         engine = NativeEngine(model, torch.optim.AdamW(model.parameters()), digit_loss)
-        engine.forward_backward([next(LocalBatches(Digits(), size=8, rank=mesh.rank, world_size=mesh.world_size))])
+        batches = LocalBatches(Digits(), size=8, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size)
+        engine.forward_backward([next(batches)])
         gradients = held_bytes(model, engine.optimizer, mesh.device)["gradients"]
         engine.step()
         return {**held_bytes(model, engine.optimizer, mesh.device), "gradients": gradients}
