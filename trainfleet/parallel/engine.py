@@ -91,7 +91,7 @@ class NativeEngine:
         """Steps taken, skipped ones included: what random numbers depend on."""
         self.spread.rest()
         check_optimizer(shard_safe(optimizer), self.plan)
-        _refuse_optimizer(optimizer, model)
+        refuse_optimizer(optimizer, model)
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
@@ -145,7 +145,7 @@ class NativeEngine:
                 with phase("forward", self.model, self.optimizer):
                     loss = self._loss(to_device(batch, device))
                 self._usage.watch()
-                sums += _as_numbers(loss, device)
+                sums += as_numbers(loss, device)
                 if self._divisor is None:
                     self._divisor = self._agree_on_divisor(sums[1].item(), len(micro_batches))
                 with phase("backward", self.model, self.optimizer):
@@ -237,9 +237,9 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        with phase("evaluation", self.model, self.optimizer), _evaluating(self.model):
+        with phase("evaluation", self.model, self.optimizer), evaluating(self.model):
             for batch in batches:
-                sums += _as_numbers(self._loss(to_device(batch, self.mesh.device)), self.mesh.device)
+                sums += as_numbers(self._loss(to_device(batch, self.mesh.device)), self.mesh.device)
         self.spread.rest()
         self.mesh.data_axes.all_reduce_(sums).wait()
         total, weight = sums.tolist()
@@ -285,7 +285,8 @@ class _Counters:
             self._engine._scaler.load_state_dict(state["loss_scale"])
 
 
-def _refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """PlanError for an optimizer that no engine can step, or that holds other tensors than the model's."""
     name = type(optimizer).__name__
     for part in getattr(optimizer, "parts", (optimizer,)):
         if TABLE.get(type(part), Standing()).needs_closure:
@@ -304,7 +305,7 @@ def _refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in its evaluation mode; afterwards each as it was, for some may be frozen there."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -331,6 +332,7 @@ def call_with_batch(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
-def _as_numbers(loss: LossSum, device: str) -> Tensor:
+def as_numbers(loss: LossSum, device: str) -> Tensor:
+    """[total, weight] of a micro-batch, float64, without a graph."""
     weight = loss.weight if isinstance(loss.weight, Tensor) else torch.tensor(float(loss.weight), device=device)
     return torch.stack([loss.total.detach().double().reshape(()), weight.detach().double().reshape(())]).to(device)

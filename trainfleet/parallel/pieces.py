@@ -168,7 +168,7 @@ class OptimizerState:
             for parameter in new:
                 parameter.grad = torch.zeros_like(parameter)
             for part in getattr(self._optimizer, "parts", (self._optimizer,)):
-                made |= _memory_of_one_step(part, new) if new else {}
+                made |= memory_of_one_step(part, new) if new else {}
         finally:
             with torch.no_grad():
                 for parameter, gradient, value in kept:
@@ -177,7 +177,8 @@ class OptimizerState:
         return {name: made.get(p) or self._optimizer.state.get(p, {}) for name, p in self._named.items()}
 
 
-def _memory_of_one_step(optimizer: Optimizer, parameters: set[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+def memory_of_one_step(optimizer: Optimizer, parameters: set[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+    """What `optimizer` would remember of those of its `parameters` after a step of rate 0; it is left as it is."""
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin.__dict__.pop("step", None)  # a schedule's wrapper would step the optimizer itself
