@@ -6,25 +6,48 @@ Tested with torch 2.13 (CPU) and 2.11 (CUDA).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr as adjusted_muon_rate
 from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalise
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+from torch.utils.checkpoint import _StopRecomputationError as EnoughRecomputed
 
 __all__ = [
+    "DATA_DEPENDENT",
+    "EnoughRecomputed",
+    "FakeTensor",
+    "FakeTensorMode",
     "adjusted_muon_rate",
+    "flash_attention",
+    "flash_attention_backward",
     "forget_iteration",
     "gathered_parameters",
+    "has_flash_attention",
+    "in_backward",
     "offsets_in_whole",
     "orthogonalise",
     "outside_modes",
     "reduce_unused_gradients",
+    "torch_schedule",
     "with_local",
+    "without_torch_functions",
 ]
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+"""What torch raises where the numbers of a tensor are asked for that has none."""
 
 
 def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
@@ -88,3 +111,75 @@ def offsets_in_whole(array: DTensor) -> tuple[int, ...]:
 
 _OFFSETS: dict[Any, tuple[int, ...]] = {}
 """By all that they depend on: shape of the whole and of the mesh, this rank's place in it, placements."""
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as what is recomputed there is."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def without_torch_functions() -> AbstractContextManager[None]:
+    """Inside, no TorchFunctionMode and no subclass of Tensor takes the place of torch's functions."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+
+
+def has_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `flash_attention` takes these: [B, H, T, D], as many heads and as wide in all of them."""
+    if not (q.ndim == k.ndim == v.ndim == 4 and q.shape[-3] == k.shape[-3] and q.shape[-1] == v.shape[-1]):
+        return False
+    if q.dtype != k.dtype or min(q.numel(), k.numel()) == 0:
+        return False
+    if q.device.type == "cuda":
+        return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64, torch.bfloat16)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(output, logarithm of the sum of exponentials [B, H, T]) of attention, by torch's own kernels."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    else:
+        found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def flash_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` may be those of more keys than these."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        call = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return call(grad, q, k, v, out, lse, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
+    found = aten._scaled_dot_product_flash_attention_backward(
+        *(grad, q, k, v, out, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, seed, seed[:0]), scale=scale
+    )
+    return found[0], found[1], found[2]
+
+
+def torch_schedule(
+    name: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int
+) -> list[list[tuple[str, int, int]]]:
+    """By rank, the (F, B, I or W; stage; micro-batch) of one of torch's schedules of pipelines, without messages."""
+    from torch.distributed.pipelining import schedules
+
+    kind = {
+        "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
+        "looped_bfs": schedules.ScheduleLoopedBFS,
+        "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+        "zbv": schedules.ScheduleZBVZeroBubble,
+        "dualpipev": schedules.ScheduleDualPipeV,
+    }[name]
+    # Stages in name only: the orders of all ranks are made from these numbers.
+    stage: Any = SimpleNamespace(
+        num_stages=num_ranks * stages_per_rank, group_size=num_ranks, group_rank=0, submod=nn.Identity()
+    )
+    made: Any = kind([stage] * stages_per_rank, num_micro_batches, scale_grads=False)
+    rows = []
+    for rank in range(num_ranks):
+        actions = [action for action in made.pipeline_order[rank] if action is not None]
+        flat = [inner for action in actions for inner in (getattr(action, "sub_actions", None) or (action,))]
+        rows.append([(each.computation_type.value, each.stage_index, each.microbatch_index) for each in flat])
+    return rows

@@ -23,6 +23,7 @@ from trainfleet.parallel.tensor.attention import split_attention
 from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import placed, whole_of
 from trainfleet.parallel.tensor.functions import chunk, iterate, split, splits, unbind
+from trainfleet.parallel.torch_private import EnoughRecomputed
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class _OnPieces(TorchFunctionMode):
         if not pieces:
             return func(*args, **kwargs)
         called = getattr(func, "__name__", str(func))
-        in_place = _writes(called, kwargs)
+        in_place = writes(called, kwargs)
         if in_place and not isinstance(args[0], DTensor):
             args, kwargs = map_arrays(_whole, (args, kwargs))
             return func(*args, **kwargs)
@@ -110,12 +111,14 @@ class _OnPieces(TorchFunctionMode):
             args, kwargs = map_arrays(functools.partial(_copied, self._mesh), (args, kwargs))
         if (rule := _SPECIAL.get(func)) is not None:
             whole = functools.partial(self._compute_whole, func)
-            return _mapped(_settled, rule(self._mesh, whole, *args, **kwargs))
+            return mapped(_settled, rule(self._mesh, whole, *args, **kwargs))
         if in_place:
             return self._change(func, called, args, kwargs)
         if splits(called, args):
             try:
-                return _mapped(_settled, func(*args, **kwargs))
+                return mapped(_settled, func(*args, **kwargs))
+            except EnoughRecomputed:
+                raise
             except Exception as exc:  # where the whole fails too, that is the error of the model itself
                 logger.debug("%s in %s: %s", called, self._name, exc)
         result = self._compute_whole(func, *args, **kwargs)
@@ -126,7 +129,7 @@ class _OnPieces(TorchFunctionMode):
 
     def _compute_whole(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_arrays(_whole, (args, kwargs))
-        return _mapped(functools.partial(_copied, self._mesh), func(*args, **kwargs))
+        return mapped(functools.partial(_copied, self._mesh), func(*args, **kwargs))
 
     def _change(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
         """A function that changes its first argument. What is not split is done on copies that need no gradient."""
@@ -134,6 +137,8 @@ class _OnPieces(TorchFunctionMode):
         if splits(called, args):
             try:
                 return func(*args, **kwargs)
+            except EnoughRecomputed:
+                raise
             except Exception as exc:
                 raise self._refusal(called) from exc
         needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arrays((args, kwargs)))
@@ -152,19 +157,19 @@ class _OnPieces(TorchFunctionMode):
         )
 
 
-def _mapped(function: Callable[[Any], Any], result: Any) -> Any:
+def mapped(function: Callable[[Any], Any], result: Any) -> Any:
     """Like `map_arrays`, for what functions of torch return; numbers and shapes stay as they are."""
     if isinstance(result, Tensor):
         return function(result)
     if isinstance(result, list | tuple) and any(isinstance(each, Tensor) for each in result):
-        mapped = [_mapped(function, each) for each in result]
+        parts = [mapped(function, each) for each in result]
         if hasattr(result, "_fields"):
-            return type(result)(*mapped)
-        return type(result)(mapped) if type(result) in (list, tuple) else tuple(mapped)
+            return type(result)(*parts)
+        return type(result)(parts) if type(result) in (list, tuple) else tuple(parts)
     return result
 
 
-def _writes(called: str, kwargs: Mapping[str, Any]) -> bool:
+def writes(called: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function of torch changes its first argument."""
     if called.startswith("__"):
         return called == "__setitem__" or (
