@@ -65,6 +65,11 @@ def test_experts_are_dealt_out_over_ranks_that_see_different_data():
         Plan(ep=4, tp=2).for_world(4)
 
 
+def test_the_fewest_ranks_are_those_on_which_every_degree_shows():
+    plans = (Plan(), Plan(zero=3), Plan(tp=2, pp=2), Plan(zero=2, dp_shard=2, cp=2, tp=2), Plan(ep=4), Plan(tp=4, ep=2))
+    assert [plan.fewest_ranks() for plan in plans] == [2, 2, 4, 8, 4, 8]
+
+
 def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
     assert [Plan(pp=2, schedule=each).num_stages for each in ("gpipe", "1f1b", "interleaved_1f1b", "zbv")] == [
         2,

@@ -145,11 +145,28 @@ class Plan:
 
         self._refuse_of_pipeline()
         self._refuse_of_engine()
+        if self.engine == "deepspeed":
+            self._refuse_of_deepspeed()
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "
                 "Leave one of them out."
             )
+
+    def _refuse_of_deepspeed(self) -> None:
+        for name in (*MODEL_AXES, "ep"):
+            if getattr(self, name) > 1:
+                raise PlanError(
+                    f"plan.{name} is {getattr(self, name)} with plan.engine = 'deepspeed', which takes data parallelism "
+                    f"and ZeRO here. Set engine to 'native', or {name} to 1."
+                )
+        if self.zero and self.dp_replicate not in (None, 1):
+            raise PlanError(
+                f"plan.dp_replicate is {self.dp_replicate} with plan.zero = {self.zero} and plan.engine = 'deepspeed', "
+                "which shards over all ranks that see different data. Leave dp_replicate out, or set engine to 'native'."
+            )
+        if self.compile:
+            raise PlanError("plan.compile is set with plan.engine = 'deepspeed'. Leave one of them out.")
 
     def _refuse_of_pipeline(self) -> None:
         if self.pp == 1 and (self.stages or self.stages_per_rank is not None):
@@ -172,6 +189,11 @@ class Plan:
         """Stages of the whole pipeline; 1 without one."""
         several = self.pp > 1 and self.schedule not in ("gpipe", "1f1b")
         return self.pp * (self.stages_per_rank or (2 if several else 1))
+
+    def fewest_ranks(self) -> int:
+        """The fewest processes on which every degree of this plan shows; at least 2."""
+        of_data = (self.dp_replicate or 1) * (self.dp_shard or (2 if self.zero and not self.dp_replicate else 1))
+        return max(2, math.lcm(of_data, self.ep) * self.tp * self.cp * self.pp)
 
     def data_ranks(self, world_size: int) -> int:
         """How many of `world_size` ranks see different data, or PlanError."""

@@ -14,7 +14,8 @@ from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
-from trainfleet.training.verify import Case, compare, trace  # noqa: E402
+from trainfleet.training.verdict import compare  # noqa: E402
+from trainfleet.training.verify import Case, trace  # noqa: E402
 
 
 def build() -> Any:

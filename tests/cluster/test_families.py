@@ -11,7 +11,8 @@ from rank_pool import RankPools
 
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
-from trainfleet.training.verify import Trace, compare, reference_case, trace
+from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.verify import reference_case, trace
 
 PLANS = [
     Plan(zero=3),

@@ -21,7 +21,8 @@ from rank_pool import RankPools  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.parallel.blocks import find_blocks  # noqa: E402
 from trainfleet.plan import LossScale, Plan  # noqa: E402
-from trainfleet.training.verify import CONCATENATED_SLACK, Case, Trace, compare, reference_case, trace  # noqa: E402
+from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, compare  # noqa: E402
+from trainfleet.training.verify import Case, reference_case, trace  # noqa: E402
 
 STEPS = 20
 DEADLINE_SECONDS = 900.0  # for forty cells, on a machine that does other things too

@@ -13,7 +13,8 @@ from torch import nn
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.randomness import mixed, seed_micro_batch
 from trainfleet.plan import Plan
-from trainfleet.training.verify import Case, Trace, compare, reference_case, trace
+from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.verify import Case, reference_case, trace
 
 DROPOUT = MODELS["transformer"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from trainfleet.training.verify import Verdict
+    from trainfleet.training.verdict import Verdict
 
 
 def verify(

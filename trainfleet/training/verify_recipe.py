@@ -10,7 +10,8 @@ from trainfleet.batch import Batch
 from trainfleet.training.job import Given, build_model
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.recipe import Recipe
-from trainfleet.training.verify import Case, Verdict, verify
+from trainfleet.training.verdict import Verdict
+from trainfleet.training.verify import Case, prove
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ def verify_recipe(recipe: Recipe, nproc: int, *, steps: int = 3) -> Verdict:
     """
     ranks = recipe.plan.data_ranks(nproc)
     _, accumulation, _ = recipe.batch.resolve(ranks)
-    return verify(case_of(recipe, ranks, steps=steps, accumulation=accumulation), recipe.plan, nproc)
+    return prove(case_of(recipe, ranks, steps=steps, accumulation=accumulation), recipe.plan, nproc)
 
 
 def case_of(recipe: Recipe, ranks: int, *, steps: int, accumulation: int) -> Case:
@@ -42,6 +43,7 @@ def case_of(recipe: Recipe, ranks: int, *, steps: int, accumulation: int) -> Cas
         accumulation=accumulation,
         clip_norm=recipe.train.clip_norm,
         seed=recipe.train.seed,
+        keep_activations=True,
     )
 
 

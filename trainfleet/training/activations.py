@@ -1,0 +1,86 @@
+"""Activations: what the modules of a model gave while it was watched, gathered whole."""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.batch import arrays
+from trainfleet.comm.group import Group
+from trainfleet.training.verdict import Trace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+_PREFIX = "step 1, micro-batch "
+
+
+def is_activation(name: str) -> bool:
+    """Whether a tensor of a trace is what a module gave."""
+    return name.startswith(_PREFIX)
+
+
+class Activations:
+    """Records the floating-point outputs of every module while it is entered, in the order of their calls.
+
+    What is computed again in backward is not recorded again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._calls: dict[str, list[list[NDArray[Any]]]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Activations:
+        for name, module in self._model.named_modules():
+            self._hooks.append(module.register_forward_hook(functools.partial(self._record, name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        from trainfleet.parallel.torch_private import in_backward, without_torch_functions
+
+        if in_backward():
+            return
+        with without_torch_functions():
+            found = [whole_of(each) for each in arrays(output) if each.is_floating_point() or each.is_complex()]
+        self._calls.setdefault(name, []).append(found)
+
+    def by_micro_batch(self, ranks: Group, accumulation: int, parts: int) -> Trace:
+        """The outputs by name of micro-batch and module, `accumulation` micro-batches of `parts` parts on each rank.
+
+        A module that is not called equally often for each is left out.
+        """
+        found: Trace = {}
+        number = accumulation * parts
+        for name, calls in self._calls.items():
+            each, odd = divmod(len(calls), number)
+            if odd:
+                continue
+            for i, outputs in enumerate(calls):
+                part = i // each
+                place = (part // parts * ranks.size + ranks.rank) * parts + part % parts
+                call = f" (call {i % each + 1})" if each > 1 else ""
+                for j, output in enumerate(outputs):
+                    which = f"output {j + 1}" if len(outputs) > 1 else "output"
+                    found[f"{_PREFIX}{place + 1}, {which} of {name or 'the model'}{call}"] = output
+        return found
+
+
+def whole_of(tensor: Tensor) -> NDArray[Any]:
+    """All of a tensor as an array, gathered where it lies in pieces; bfloat16, which NumPy has not, as float32."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    value = tensor.detach()  # first: what gathers it is no part of anybody's graph
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    copied = whole.to("cpu", copy=True)
+    return (copied.float() if copied.dtype == torch.bfloat16 else copied).numpy()  # type: ignore[no-any-return]
