@@ -71,7 +71,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "$$("$(PYTHON)" --version) is not supported. Use 3.10 to 3.13 (3.11 is tested): PYTHON=python3.11 make" >&2; exit 1; }
 	@echo "Installing into $(VENV): minutes the first time, as torch is large."
 	@$(BIN)/python -c '' 2> /dev/null || "$(PYTHON)" -m venv --clear $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[torch,monitor,data,mpi,test,check]"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[torch,monitor,data,mpi,deepspeed,test,check]"
 	@touch $(STAMP)
 
 $(BENCH_STAMP): $(STAMP)

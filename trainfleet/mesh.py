@@ -159,8 +159,6 @@ def _refuse_unbuilt(plan: Plan) -> None:
                 f"plan.{axis} is {getattr(plan, axis)}, but torch models are spread over data-parallel and "
                 f"tensor-parallel ranks only so far. Set {axis} to 1."
             )
-    if plan.engine != "native":
-        raise PlanError(f"plan.engine is {plan.engine!r}, which is not built yet. Set it to 'native'.")
 
 
 def _environment_of_process_group() -> RankEnvironment:

@@ -15,6 +15,7 @@ from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
+from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
@@ -40,7 +41,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     each rank making only its own part. What requires a gradient is decided before.
     Raises PlanError for what cannot work; the model has then at most been moved to the device.
     """
-    plan = plan.for_world(mesh.world_size)
+    plan = at_hand(plan.for_world(mesh.world_size), mesh.world)
     blocks = find_blocks(model, plan.blocks)
     _refuse(model, blocks, mesh, plan)
 
@@ -62,12 +63,14 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
-    sharded = shard(model, units_of(model, blocks, plan), mesh.torch, plan) if plan.zero else None
+    is_native = plan.engine == "native"  # DeepSpeed shards and averages by itself
+    sharded = shard(model, units_of(model, blocks, plan), mesh.torch, plan) if plan.zero and is_native else None
     if waits:
-        materialize(model, mesh.device, shards_on="cpu" if plan.offload == "parameters" else None)
+        materialize(model, mesh.device, shards_on="cpu" if is_native and plan.offload == "parameters" else None)
     if split is not None:
         settle_gradients(model)
-    average = GradientAverage(whole_parameters(model), mesh.data_axes, overlap=sharded is None)
+    averaged = whole_parameters(model) if is_native else []
+    average = GradientAverage(averaged, mesh.data_axes, overlap=sharded is None)
     attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split))
     return model
 

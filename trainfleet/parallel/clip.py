@@ -45,6 +45,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: Group, tensor
     return (square + _sum_of_squares(whole).to(square.device)).sqrt()
 
 
+def norm_of_pieces(pieces: Iterable[Tensor], group: Group) -> Tensor:
+    """The Euclidean norm of what the ranks of `group` hold in parts, the same float64 scalar on each of them."""
+    held = list(pieces)
+    square = _sum_of_squares(held)
+    if group.size > 1:
+        square = square.to(held[0].device if held else "cpu")
+        group.all_reduce_(square).wait()
+    return square.sqrt()
+
+
 @torch.no_grad()  # to_local() of what no gradient flows through costs a tenth
 def _sharded_and_whole(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
     """This rank's pieces of sharded gradients, and the gradients that it holds whole."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainfleet.errors import ConfigError
+from trainfleet.errors import ConfigError, PlanError
 from trainfleet.parallel.pieces import as_piece
 from trainfleet.parallel.spread import spread_of
 
@@ -24,6 +24,11 @@ class Ema:
         self.decay = decay
         self._model = model
         self._spread = spread_of(model)
+        if self._spread.plan.engine == "deepspeed" and self._spread.plan.zero == 3:
+            raise PlanError(
+                f"train.ema_decay is {decay} with plan.engine = 'deepspeed' and plan.zero = 3, which hides the weights "
+                "between steps. Set plan.engine to 'native', or plan.zero to 2."
+            )
         self._averages = {name: _local(p).detach().clone() for name, p in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -168,12 +168,9 @@ class NativeEngine:
         output = self._forward(self.model, batch)
         if self.plan.precision != "fp32":
             output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
-        loss = LossSum.of(self._loss_fn(output, batch))
+        loss = self._loss_fn(output, batch)
         self._lockstep.end_forward()
-        if not isinstance(loss.total, Tensor) or loss.total.numel() != 1:
-            shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
-            raise DataError(f"The loss function returned {shape}; it must return a scalar tensor or a LossSum of one.")
-        return LossSum(loss.total.float() if loss.total.dtype != torch.float64 else loss.total, loss.weight)
+        return checked_loss(loss)
 
     def _agree_on_divisor(self, first_weight: float, num_micro_batches: int) -> float:
         """As if every micro-batch of every step weighed what the very first one does.
@@ -330,6 +327,15 @@ def call_with_batch(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, list | tuple) and len(batch) == 2 and not hasattr(batch, "_fields"):
         return model(batch[0])
     return model(batch)
+
+
+def checked_loss(value: Any) -> LossSum:
+    """What a loss function returned, in float32 or wider; DataError where it is no loss."""
+    loss = LossSum.of(value)
+    if not isinstance(loss.total, Tensor) or loss.total.numel() != 1:
+        shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
+        raise DataError(f"The loss function returned {shape}; it must return a scalar tensor or a LossSum of one.")
+    return LossSum(loss.total.float() if loss.total.dtype != torch.float64 else loss.total, loss.weight)
 
 
 def as_numbers(loss: LossSum, device: str) -> Tensor:

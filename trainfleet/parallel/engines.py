@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainfleet.batch import Batch
+from trainfleet.parallel.deepspeed.engine import DeepSpeedEngine
 from trainfleet.parallel.engine import Engine, LossFunction, NativeEngine
+from trainfleet.parallel.spread import spread_of
 
 
 def make_engine(
@@ -21,4 +23,6 @@ def make_engine(
     seed: int | None = 0,
 ) -> Engine:
     """The Engine for `model`, which went through `parallelize`; arguments are those of `NativeEngine`."""
+    if spread_of(model).plan.engine == "deepspeed":
+        return DeepSpeedEngine(model, optimizer, loss_fn, forward=forward, seed=seed)
     return NativeEngine(model, optimizer, loss_fn, forward=forward, seed=seed)

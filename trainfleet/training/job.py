@@ -23,6 +23,7 @@ from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder, observers_for
 from trainfleet.store import open_store
+from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.failure import MEND, leave_report
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
@@ -56,7 +57,7 @@ def run(recipe: Recipe, given: Given | None = None) -> Outcome:
 
     A run that has taken all its steps already is left as it is: the outcome's reason is `finished before`.
     """
-    recipe = as_restarted(recipe, RankEnvironment.from_env().restart)
+    recipe = with_deepspeed_file(as_restarted(recipe, RankEnvironment.from_env().restart))
     patience = timedelta(seconds=recipe.train.timeout_seconds)
     with Mesh.from_env(recipe.plan, timeout=patience) as mesh, prepared(recipe, mesh, given or Given()) as trainer:
         if trainer.step >= trainer.steps:
@@ -349,8 +350,11 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
 
     The plan fits, the batch divides, the model builds (without memory), the data opens, the loss exists.
     """
+    from trainfleet.parallel.deepspeed.choice import refuse_missing
     from trainfleet.parallel.deferred import deferred
 
+    recipe = with_deepspeed_file(recipe)
+    refuse_missing(recipe.plan)
     plan = recipe.plan.for_world(world_size)
     ranks = plan.data_ranks(world_size)
     micro, accumulation, whole = recipe.batch.resolve(ranks)

@@ -79,6 +79,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         self.mesh = mesh
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())  # an engine may cut them
         self.engine = engine or make_engine(model, optimizer, loss_fn, seed=self.config.seed)
         self.model = model
         self.optimizer = optimizer
@@ -378,7 +379,7 @@ class Trainer:
             steps=steps,
             start_step=self.step,
             world_size=self.mesh.world_size,
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=self._num_parameters,
             plan=str(self.engine.plan),
             recipe=self._metadata.get("recipe", {}),
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
+from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.job import Given, build_model
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.recipe import Recipe
@@ -23,6 +24,7 @@ def verify_recipe(recipe: Recipe, nproc: int, *, steps: int = 3) -> Verdict:
 
     Nothing is written. What the recipe names by import path must be importable in other processes too.
     """
+    recipe = with_deepspeed_file(recipe)
     ranks = recipe.plan.data_ranks(nproc)
     _, accumulation, _ = recipe.batch.resolve(ranks)
     return prove(case_of(recipe, ranks, steps=steps, accumulation=accumulation), recipe.plan, nproc)

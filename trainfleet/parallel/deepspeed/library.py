@@ -1,0 +1,88 @@
+"""DeepSpeed itself: the one place that imports it, and that keeps it from building, searching and printing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from trainfleet.comm.torch_group import TorchGroup
+from trainfleet.deps import require
+from trainfleet.errors import PlanError
+from trainfleet.mesh import Mesh
+
+_SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+
+
+def initialize(model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], mesh: Mesh) -> Any:
+    """DeepSpeed's engine around `model`, over the process group of `mesh`; a collective.
+
+    DependencyError where it is not installed, PlanError where it refuses `config`.
+    """
+    device_type = mesh.device.partition(":")[0]
+    # It asks the environment, and as long as it lives; what a launcher or the user has set stands.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("LOCAL_RANK", str(mesh.local_rank))
+    library = require("deepspeed", "deepspeed", purpose="plan.engine=deepspeed")
+    library.utils.logger.setLevel(logging.WARNING)
+    found = library.accelerator.get_accelerator().device_name()
+    if found.partition(":")[0] != device_type:
+        raise PlanError(
+            f"The ranks compute on {device_type}, but DeepSpeed was loaded for {found} in this process. "
+            f"Set DS_ACCELERATOR={device_type}, or leave out plan.engine."
+        )
+    # Only inference uses it, and it would be compiled on every rank: 40 s the first time.
+    library.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
+    # It calls torch's collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, "torch.distributed")
+    try:
+        engine, *_ = library.initialize(
+            model=model, optimizer=optimizer, config=dict(config), mpu=_Places(mesh), dist_init_required=False
+        )
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise PlanError(f"DeepSpeed refuses this configuration: {error}") from error
+    return engine
+
+
+@contextmanager
+def gathered(parameter: nn.Parameter, *, write: bool = False) -> Iterator[None]:
+    """Inside, a parameter of stage 3 is whole on every rank; with `write`, what rank 0 puts there stays."""
+    library = require("deepspeed", "deepspeed")
+    with library.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield
+
+
+class _Places:
+    """What DeepSpeed calls an `mpu`: our groups, so that it makes none of its own, whose deadlines were others."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        assert isinstance(mesh.data_axes, TorchGroup)
+        self._data = mesh.data_axes
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._data.process_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_group_ranks(self) -> range:
+        return range(self._data.size)
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
