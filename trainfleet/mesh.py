@@ -20,7 +20,7 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks see different data."""
 
 # Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
-_made: dict[tuple[str, tuple[int, ...]], tuple[DeviceMesh, ProcessGroup]] = {}
+_made: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[DeviceMesh, ProcessGroup]] = {}
 _made_over: ProcessGroup | None = None
 
 
@@ -39,7 +39,7 @@ class Axes:
         self.rank = rank
         self.world_size = world_size
         self.data_axes = data_axes
-        """The Group of all ranks that see different data: gradients are averaged over it."""
+        """The Group of all ranks that see different data: batches are dealt over it."""
         self._groups = dict(groups)
 
     @property
@@ -61,8 +61,9 @@ class Mesh(Axes):
     """The ranks of a run, laid out row by row over the axes: the last axis varies fastest.
 
     `mesh["dp_shard"]` is the Group of those that share this rank's place on every other axis, `mesh.data_axes` the
-    Group over which gradients are averaged and batches are dealt, `mesh.world` the Group of all ranks, `mesh.torch`
-    what FSDP2 and DTensors take. The axes pp (the first), cp and tp (the last two) are there where the plan uses them.
+    Group over which batches are dealt, `mesh.gradient_axes` that over which gradients are averaged, `mesh.world` the
+    Group of all ranks, `mesh.torch` what DTensors take, `mesh.sharding` what FSDP2 takes. The axes pp (the first),
+    cp and tp (the last two) are there where the plan uses them.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class Mesh(Axes):
         groups: dict[str, Group],
         data_axes: Group,
         world: Group | None = None,
+        sharding: DeviceMesh | None = None,
+        shard_axes: Group | None = None,
+        gradient_axes: Group | None = None,
         owns_process_group: bool,
     ) -> None:
         self.world = world or data_axes
@@ -86,6 +90,12 @@ class Mesh(Axes):
         """`cpu`, or `cuda:0` and so on: the GPU of this rank."""
         self.torch = torch
         """The DeviceMesh, with all axes, also those of degree 1."""
+        self.sharding = sharding or torch
+        """The DeviceMesh over which parameters lie: as `torch`, but its dp_shard holds the ranks of cp too."""
+        self.shard_axes = shard_axes or groups["dp_shard"]
+        """The Group over which ZeRO shards: dp_shard x cp, for ranks that share a sequence may share parameters too."""
+        self.gradient_axes = gradient_axes or data_axes
+        """The Group of all ranks that hold the same parameters, whole or sharded: gradients are averaged over it."""
         self._owns_process_group = owns_process_group
 
     @classmethod
@@ -115,7 +125,13 @@ class Mesh(Axes):
         device = _device(device, environment, None if owns else dist.get_backend_config())
         if owns:
             init_process_group(environment, device=device, timeout=timeout)
-        device_mesh, of_data = _device_mesh(device.split(":")[0], axes, timeout)
+        device_type = device.split(":")[0]
+        device_mesh, of_data = _device_mesh(device_type, axes, timeout)
+        sharding, of_gradients = device_mesh, of_data
+        if plan.cp > 1:
+            folded = {axis: degree * (plan.cp if axis == "dp_shard" else 1) for axis, degree in axes.items()}
+            del folded["cp"]
+            sharding, of_gradients = _device_mesh(device_type, folded, timeout)
         world = dist.group.WORLD
         assert world is not None
         return cls(
@@ -127,6 +143,9 @@ class Mesh(Axes):
             groups={name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes},
             data_axes=TorchGroup(of_data, name=" x ".join(DATA_AXES)),
             world=TorchGroup(world, name="world") if len(axes) > len(DATA_AXES) else None,
+            sharding=sharding,
+            shard_axes=TorchGroup(sharding.get_group("dp_shard"), name="dp_shard x cp") if plan.cp > 1 else None,
+            gradient_axes=TorchGroup(of_gradients, name="dp_replicate x dp_shard x cp") if plan.cp > 1 else None,
             owns_process_group=owns,
         )
 
@@ -153,7 +172,7 @@ class Mesh(Axes):
 
 
 def _refuse_unbuilt(plan: Plan) -> None:
-    for axis in ("pp", "cp", "ep"):
+    for axis in ("pp", "ep"):
         if getattr(plan, axis) > 1:
             raise PlanError(
                 f"plan.{axis} is {getattr(plan, axis)}, but torch models are spread over data-parallel and "
@@ -211,7 +230,7 @@ def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> 
         _forget_device_meshes()
         _made_over = dist.group.WORLD
     degrees = tuple(axes.values())
-    key = (device_type, degrees)
+    key = (device_type, tuple(axes.items()))
     if key not in _made:
         ranks = torch.arange(dist.get_world_size(), dtype=torch.int).view(degrees)
         rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]

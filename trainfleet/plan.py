@@ -147,6 +147,8 @@ class Plan:
         self._refuse_of_engine()
         if self.engine == "deepspeed":
             self._refuse_of_deepspeed()
+        if self.cp > 1:
+            self._refuse_of_context()
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "
@@ -167,6 +169,18 @@ class Plan:
             )
         if self.compile:
             raise PlanError("plan.compile is set with plan.engine = 'deepspeed'. Leave one of them out.")
+
+    def _refuse_of_context(self) -> None:
+        if self.pp > 1:
+            raise PlanError(
+                f"plan.cp is {self.cp} with plan.pp = {self.pp}; the stages of a pipeline do not split sequences yet. "
+                "Set one of them to 1; cp goes with data parallelism, zero and tp."
+            )
+        if self.compile:
+            raise PlanError(
+                f"plan.compile is set with plan.cp = {self.cp}; split sequences are not compiled yet. "
+                "Leave one of them out."
+            )
 
     def _refuse_of_pipeline(self) -> None:
         if self.pp == 1 and (self.stages or self.stages_per_rank is not None):

@@ -15,6 +15,7 @@ from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
+from trainfleet.parallel.context import split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
@@ -49,7 +50,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if not waits:
         model.to(mesh.device)
     take_equal_parameters(model, mesh.world)
-    split = split_layers(model, mesh.torch["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
+    split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
+    context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     device_type = torch.device(mesh.device).type
@@ -64,14 +66,16 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         for block in blocks or [model]:
             block.compile()
     is_native = plan.engine == "native"  # DeepSpeed shards and averages by itself
-    sharded = shard(model, units_of(model, blocks, plan), mesh.torch, plan) if plan.zero and is_native else None
+    sharded = shard(model, units_of(model, blocks, plan), mesh.sharding, plan) if plan.zero and is_native else None
     if waits:
         materialize(model, mesh.device, shards_on="cpu" if is_native and plan.offload == "parameters" else None)
     if split is not None:
         settle_gradients(model)
     averaged = whole_parameters(model) if is_native else []
-    average = GradientAverage(averaged, mesh.data_axes, overlap=sharded is None)
-    attach(model, Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split))
+    average = GradientAverage(averaged, mesh.gradient_axes, overlap=sharded is None)
+    spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split)
+    spread.context = context
+    attach(model, spread)
     return model
 
 
@@ -134,7 +138,7 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         raise PlanError(f"This {name} is spread already; build a new one for another plan.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
-    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp}
+    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp, "cp": plan.cp}
     if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes.get(axis, 1) != degree]:
         made = mesh.plan_axes.get(unlike[0], 1)
         raise PlanError(

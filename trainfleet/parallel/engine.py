@@ -165,12 +165,19 @@ class NativeEngine:
         return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
     def _loss(self, batch: Batch) -> LossSum:
+        context = self.spread.context
+        if context is None:
+            loss = self._compute(batch)
+        else:
+            loss = context.run(self._compute, batch, strict=self.model.training)
+        self._lockstep.end_forward()
+        return checked_loss(loss)
+
+    def _compute(self, batch: Batch) -> Any:
         output = self._forward(self.model, batch)
         if self.plan.precision != "fp32":
             output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
-        loss = self._loss_fn(output, batch)
-        self._lockstep.end_forward()
-        return checked_loss(loss)
+        return self._loss_fn(output, batch)
 
     def _agree_on_divisor(self, first_weight: float, num_micro_batches: int) -> float:
         """As if every micro-batch of every step weighed what the very first one does.
@@ -206,7 +213,7 @@ class NativeEngine:
 
     def _measure_norm(self) -> Tensor:
         tensor_group = self.mesh["tp"] if self.plan.tp > 1 else None
-        return gradient_norm(self._usage.parameters, self.mesh["dp_shard"], tensor_group)
+        return gradient_norm(self._usage.parameters, self.mesh.shard_axes, tensor_group)
 
     def step(self) -> bool:
         if self._scaler is not None:

@@ -9,8 +9,12 @@ _OF_DATA = "dp_shard"
 
 
 def axes_of(tensor: Tensor) -> tuple[str, ...]:
-    """The axes that `tensor` lies on, split or copied; none where it is no DTensor."""
-    return tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+    """The axes that `tensor` lies on, split or copied; none where it is no DTensor.
+
+    What lies on dp_shard lies on cp too, for that axis of `mesh.sharding` holds the ranks of both.
+    """
+    names = tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+    return (*names, "cp") if _OF_DATA in names else names
 
 
 def is_split_over(tensor: Tensor, axis: str) -> bool:

@@ -17,6 +17,7 @@ from trainfleet.parallel.torch_private import forget_iteration
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
+    from trainfleet.parallel.context.region import Context
     from trainfleet.parallel.replicate import GradientAverage
     from trainfleet.parallel.tensor import Split
 
@@ -35,6 +36,8 @@ class Spread:
     """The root of the sharded model, which is the model itself; None with zero = 0."""
     split: Split | None = None
     """Which layers are split over tensor-parallel ranks; None with tp = 1."""
+    context: Context | None = None
+    """Splits sequences over context-parallel ranks; None with cp = 1."""
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.optim._muon import _adjust_lr as adjusted_muon_rate
 from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalise
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import _StopRecomputationError as EnoughRecomputed
 
 __all__ = [
     "DATA_DEPENDENT",
+    "StridedShard",
     "EnoughRecomputed",
     "FakeTensor",
     "FakeTensorMode",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
+
+
+OUTER = threading.local()
+"""Its `context` is the Context (of context parallelism) in which this thread computes on pieces; regions ask for it."""
 
 
 def placed(array: DTensor, *placements: Placement) -> DTensor:

@@ -21,7 +21,7 @@ from trainfleet.batch import arrays, map_arrays
 from trainfleet.errors import PlanError
 from trainfleet.parallel.tensor.attention import split_attention
 from trainfleet.parallel.tensor.dropout import split_dropout
-from trainfleet.parallel.tensor.exchange import placed, whole_of
+from trainfleet.parallel.tensor.exchange import OUTER, placed, whole_of
 from trainfleet.parallel.tensor.functions import chunk, iterate, split, splits, unbind
 from trainfleet.parallel.torch_private import EnoughRecomputed
 
@@ -44,6 +44,9 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Calla
 
     @functools.wraps(forward)
     def computed(*args: Any, **kwargs: Any) -> Any:
+        context = getattr(OUTER, "context", None)
+        if context is not None and context.mode.mesh == context.mesh:
+            return context.split_layer(forward, args, kwargs)
         if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
             return forward(*args, **kwargs)  # inside another region
         args, kwargs = map_arrays(functools.partial(_copied, mesh), (args, kwargs))

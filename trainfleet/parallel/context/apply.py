@@ -1,0 +1,35 @@
+"""split_context: let a model compute with its sequences in pieces over context-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainfleet.errors import PlanError
+from trainfleet.mesh import Mesh
+from trainfleet.parallel.context.region import Context
+from trainfleet.parallel.recompute import stop_caching
+from trainfleet.plan import Plan
+
+
+def split_context(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan) -> Context:
+    """Let `model` split sequences over the axis cp of `mesh`, in place; `blocks` are what may be recomputed.
+
+    Raises PlanError before anything is changed where that cannot be.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and plan.sync_batch_stats:
+            raise PlanError(
+                f"plan.cp is {plan.cp}, and {name} is a {type(module).__name__}, whose statistics are those of all "
+                "positions; they are not synchronised over pieces of sequences. Use another norm, or set plan.cp to 1."
+            )
+    with_tensor = mesh.torch["cp", "tp"] if plan.tp > 1 else None
+    context = Context(mesh.torch["cp"], plan.cp_attention, with_tensor=with_tensor)
+    stop_caching(model)
+    if plan.recompute != "none":
+        for block in blocks:
+            block.forward = context.reentering(block.forward)  # type: ignore[method-assign]
+    context.on_calls(model)
+    return context
