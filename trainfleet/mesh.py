@@ -172,7 +172,7 @@ class Mesh(Axes):
 
 
 def _refuse_unbuilt(plan: Plan) -> None:
-    for axis in ("pp", "ep"):
+    for axis in ("ep",):
         if getattr(plan, axis) > 1:
             raise PlanError(
                 f"plan.{axis} is {getattr(plan, axis)}, but torch models are spread over data-parallel and "

@@ -18,6 +18,8 @@ from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.context import split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
+from trainfleet.parallel.pipeline import deal_out
+from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
 from trainfleet.parallel.recompute import PRODUCTS, recompute, refuse_no_blocks, stop_caching
@@ -50,6 +52,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if not waits:
         model.to(mesh.device)
     take_equal_parameters(model, mesh.world)
+    pipeline = deal_out(model, blocks, mesh, plan, example) if plan.pp > 1 else None
+    if pipeline is not None:
+        forward, held = model.forward, set(model.modules())
+        blocks = [block for block in blocks if block in held]
     split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
     context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None
     if plan.sync_batch_stats:
@@ -58,6 +64,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if plan.zero == 3 and plan.precision != "fp32" and plan.recompute == "none" and not plan.compile:
         recast(model, device_type)
     cast_compute(model, plan, device_type)
+    if pipeline is not None:
+        model.forward = forward  # type: ignore[method-assign]  # casts as the whole model's would
     if plan.recompute != "none":
         keep = (plan.recompute_keep or PRODUCTS) if plan.recompute == "selective" else ()
         stop_caching(model)
@@ -73,9 +81,11 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         settle_gradients(model)
     averaged = whole_parameters(model) if is_native else []
     average = GradientAverage(averaged, mesh.gradient_axes, overlap=sharded is None)
-    spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split)
+    spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split, pipeline=pipeline)
     spread.context = context
     attach(model, spread)
+    if pipeline is not None:
+        refuse_unlike_holders(pipeline, model)
     return model
 
 
@@ -138,7 +148,7 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         raise PlanError(f"This {name} is spread already; build a new one for another plan.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
-    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp, "cp": plan.cp}
+    wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp, "cp": plan.cp, "pp": plan.pp}
     if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes.get(axis, 1) != degree]:
         made = mesh.plan_axes.get(unlike[0], 1)
         raise PlanError(

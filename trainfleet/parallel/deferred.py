@@ -182,15 +182,21 @@ def _allocate(model: nn.Module, slots: list[Slot], device: torch.device, shards_
             made[id(tensor)] = (tensor, torch.empty_like(tensor, device=target))
         return made[id(tensor)][1]
 
-    before = [(slot, slot.tensor) for slot in slots if slot.kind == "_parameters"]
+    parameters = {id(slot.tensor) for slot in slots if slot.kind == "_parameters"}
+    before = [  # also where no constructor has put them: what stands in for another stage's module may hold a tied one
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in parameters
+    ]
     # `_apply` lets FSDP2 and recurrent layers notice; it makes a new parameter for each place a tied one stands in.
     model._apply(allocate)  # type: ignore[no-untyped-call]
     successors: dict[int, Tensor] = {}
-    for slot, old in before:
-        successor = successors.setdefault(id(old), slot.tensor)
+    for module, name, old in before:
+        successor = successors.setdefault(id(old), getattr(module, name))
         if successor is not old:
             successor.__dict__.update(old.__dict__)
-            setattr(slot.module, slot.name, successor)
+            setattr(module, name, successor)
 
 
 def _draw(found: list[Deferred], seed: int | None) -> None:
@@ -234,3 +240,16 @@ def _fill(each: Deferred, state: Tensor) -> None:
     for loose in each.loose:
         value = map_arrays(lambda array: plain.get(id(array), array), vars(loose.module)[loose.name])
         vars(loose.module)[loose.name] = value
+
+
+def without_recording(model: nn.Module) -> dict[int, None]:
+    """For `copy.deepcopy`: leaves out what `model` and its parts wait for."""
+    return {id(module.__dict__[_ATTRIBUTE]): None for module in model.modules() if _ATTRIBUTE in module.__dict__}
+
+
+def follow(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """From now on, what a deferred `model` fills in `old` goes into `new`, which has taken its place."""
+    for module in model.modules():
+        for slot in module.__dict__[_ATTRIBUTE].slots if _ATTRIBUTE in module.__dict__ else ():
+            if slot.module is old:
+                slot.module = new

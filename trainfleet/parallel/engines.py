@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from trainfleet.batch import Batch
 from trainfleet.parallel.deepspeed.engine import DeepSpeedEngine
 from trainfleet.parallel.engine import Engine, LossFunction, NativeEngine
+from trainfleet.parallel.pipeline.engine import PipelineEngine
 from trainfleet.parallel.spread import spread_of
 
 
@@ -25,4 +26,5 @@ def make_engine(
     """The Engine for `model`, which went through `parallelize`; arguments are those of `NativeEngine`."""
     if spread_of(model).plan.engine == "deepspeed":
         return DeepSpeedEngine(model, optimizer, loss_fn, forward=forward, seed=seed)
-    return NativeEngine(model, optimizer, loss_fn, forward=forward, seed=seed)
+    kind = PipelineEngine if spread_of(model).pipeline is not None else NativeEngine
+    return kind(model, optimizer, loss_fn, forward=forward, seed=seed)

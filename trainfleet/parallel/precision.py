@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from trainfleet.batch import arrays, map_arrays
 from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import is_named
+from trainfleet.parallel.torch_private import Leaving
 from trainfleet.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,7 +152,7 @@ _PRODUCTS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def _note_dtype(name: str, wanted: torch.dtype, found: list[str]) -> Callable[..., None]:
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        for array in arrays(output):
+        for array in () if isinstance(output, Leaving) else arrays(output):
             concerns = array.is_floating_point() and (array.dtype in NARROW or wanted in NARROW)
             if concerns and array.dtype != wanted:
                 found.append(_sentence(name or "The model", type(module).__name__, array.dtype, wanted))

@@ -18,6 +18,7 @@ from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
     from trainfleet.parallel.context.region import Context
+    from trainfleet.parallel.pipeline import Pipeline
     from trainfleet.parallel.replicate import GradientAverage
     from trainfleet.parallel.tensor import Split
 
@@ -38,6 +39,8 @@ class Spread:
     """Which layers are split over tensor-parallel ranks; None with tp = 1."""
     context: Context | None = None
     """Splits sequences over context-parallel ranks; None with cp = 1."""
+    pipeline: Pipeline | None = None
+    """Which stages this rank holds; None with pp = 1."""
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

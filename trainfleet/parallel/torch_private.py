@@ -5,7 +5,7 @@ Tested with torch 2.13 (CPU) and 2.11 (CUDA).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +24,19 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 from torch.optim._muon import _adjust_lr as adjusted_muon_rate
 from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalise
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import _StopRecomputationError as EnoughRecomputed
 
 __all__ = [
     "DATA_DEPENDENT",
-    "StridedShard",
     "EnoughRecomputed",
     "FakeTensor",
     "FakeTensorMode",
+    "Leaving",
+    "StridedShard",
     "adjusted_muon_rate",
+    "backward_of_inputs",
+    "backward_of_parameters",
     "flash_attention",
     "flash_attention_backward",
     "forget_iteration",
@@ -185,3 +189,29 @@ def torch_schedule(
         flat = [inner for action in actions for inner in (getattr(action, "sub_actions", None) or (action,))]
         rows.append([(each.computation_type.value, each.stage_index, each.microbatch_index) for each in flat])
     return rows
+
+
+class Leaving(list[Tensor]):
+    """The tensors that a part of a model returns to the next: no output, but FSDP2 looks for them there."""
+
+
+register_pytree_node(Leaving, lambda leaving: (list(leaving), None), lambda tensors, _: Leaving(tensors))
+
+
+def backward_of_inputs(
+    roots: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor], parameters: Sequence[nn.Parameter]
+) -> Any:
+    """The gradients of `inputs` alone, into their `.grad`; what `backward_of_parameters` needs for the rest."""
+    from torch.distributed.pipelining._backward import stage_backward_input
+
+    roots = [root.clone() if root._is_view() else root for root in roots]  # they are detached in place
+    filled = [torch.ones_like(root) if each is None else each for root, each in zip(roots, gradients)]
+    _, groups = stage_backward_input(roots, filled, inputs, iter(parameters))
+    return groups
+
+
+def backward_of_parameters(groups: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Add the gradients of `parameters`."""
+    from torch.distributed.pipelining._backward import stage_backward_weight
+
+    stage_backward_weight(iter(parameters), groups)

@@ -46,9 +46,9 @@ class Activations:
             hook.remove()
 
     def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        from trainfleet.parallel.torch_private import in_backward, without_torch_functions
+        from trainfleet.parallel.torch_private import Leaving, in_backward, without_torch_functions
 
-        if in_backward():
+        if in_backward() or isinstance(output, Leaving):
             return
         with without_torch_functions():
             found = [whole_of(each) for each in arrays(output) if each.is_floating_point() or each.is_complex()]

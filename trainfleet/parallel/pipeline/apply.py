@@ -1,0 +1,76 @@
+"""deal_out: give this rank its stages of a model, which is cut in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trainfleet.batch import Batch, cut_batch
+from trainfleet.errors import PlanError
+from trainfleet.mesh import Mesh
+from trainfleet.parallel.engine import call_with_batch
+from trainfleet.parallel.pipeline.pipe import Pipeline
+from trainfleet.parallel.pipeline.record import record
+from trainfleet.parallel.pipeline.schedules import stages_per_rank
+from trainfleet.parallel.pipeline.shadow import Shadow
+from trainfleet.parallel.pipeline.stages import divide, leaf_names
+from trainfleet.parallel.precision import cast_compute
+from trainfleet.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan, example: Batch | None) -> Pipeline:
+    """Cut `model` to the stages of this rank, in place, as a forward of `example` (a micro-batch) shows.
+
+    Raises PlanError, before anything is changed, where the forward cannot be followed or has too few modules.
+    """
+    if example is None:
+        raise PlanError(
+            f"plan.pp is {plan.pp}, and a pipeline must see what its stages hand on. Give a micro-batch: "
+            "parallelize(model, mesh, plan, example=batch)."
+        )
+    if plan.cp > 1:
+        raise PlanError(
+            f"plan.pp is {plan.pp} and plan.cp {plan.cp}, but stages hand on whole sequences. Set one to 1."
+        )
+    count = plan.pp * stages_per_rank(plan)
+    leaves = leaf_names(model, blocks, plan.stages)
+    shadow = Shadow(model, mesh.device)
+    cast_compute(shadow.model, plan, torch.device(mesh.device).type)
+    shadow.watch(leaves)
+    shadow.model.train()
+    graph = record(shadow, call_with_batch, cut_batch(example, plan.microbatches)[0])
+    stages = divide(graph, shadow.model, leaves, count, plan.stages)
+    pipeline = Pipeline(model, shadow, stages, mesh, plan)
+    _refuse_untrained(pipeline)
+    pipeline.cut()
+    if mesh.is_main:
+        logger.info("%s", described(pipeline))
+    return pipeline
+
+
+def described(pipeline: Pipeline) -> str:
+    """Where each stage begins, for people."""
+    first: dict[int, str] = {}
+    for name, stage in pipeline.stages.homes.items():
+        first.setdefault(stage, name)
+    begins = ", ".join(f"{stage} with {first[stage]}" for stage in sorted(first))
+    tied = pipeline.tied()
+    return f"Pipeline of {pipeline.stages.count} stages on {pipeline.plan.pp} ranks: {begins}" + (
+        f"; tied between stages: {', '.join(tied)}" if tied else ""
+    )
+
+
+def _refuse_untrained(pipeline: Pipeline) -> None:
+    """PlanError where a rank would have nothing to train, for optimizers want parameters."""
+    trained = {name for name, p in pipeline.shadow.model.named_parameters() if p.requires_grad}
+    for rank in range(pipeline.plan.pp):
+        if not any(rank in pipeline.holders(name) for name in trained):
+            raise PlanError(
+                f"Rank {rank} of plan.pp={pipeline.plan.pp} would hold no parameter that is trained. Move the stages "
+                "(plan.stages), or use fewer ranks."
+            )
