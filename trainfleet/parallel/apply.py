@@ -18,7 +18,7 @@ from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.context import split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
-from trainfleet.parallel.pipeline import deal_out
+from trainfleet.parallel.pipeline import deal_out, split_stages
 from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
@@ -56,7 +56,9 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if pipeline is not None:
         forward, held = model.forward, set(model.modules())
         blocks = [block for block in blocks if block in held]
-    split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
+        split = split_stages(pipeline, mesh, plan) if plan.tp > 1 else None
+    else:
+        split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
     context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)

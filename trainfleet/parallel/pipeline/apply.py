@@ -11,13 +11,17 @@ from torch import nn
 from trainfleet.batch import Batch, cut_batch
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.blocks import is_named
 from trainfleet.parallel.engine import call_with_batch
+from trainfleet.parallel.pipeline.cut import is_held
 from trainfleet.parallel.pipeline.pipe import Pipeline
 from trainfleet.parallel.pipeline.record import record
 from trainfleet.parallel.pipeline.schedules import stages_per_rank
 from trainfleet.parallel.pipeline.shadow import Shadow
 from trainfleet.parallel.pipeline.stages import divide, leaf_names
 from trainfleet.parallel.precision import cast_compute
+from trainfleet.parallel.recompute import stop_caching
+from trainfleet.parallel.tensor import Split, find_regions, split_layers
 from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -39,18 +43,42 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
         )
     count = plan.pp * stages_per_rank(plan)
     leaves = leaf_names(model, blocks, plan.stages)
+    stop_caching(model)  # keys and values of the past are objects that no stage could hand on
+    regions = [region.name for region in find_regions(model, plan.tp, plan.tp_whole)] if plan.tp > 1 else []
+    _refuse_wide_regions(regions, leaves, plan)
     shadow = Shadow(model, mesh.device)
     cast_compute(shadow.model, plan, torch.device(mesh.device).type)
     shadow.watch(leaves)
     shadow.model.train()
     graph = record(shadow, call_with_batch, cut_batch(example, plan.microbatches)[0])
     stages = divide(graph, shadow.model, leaves, count, plan.stages)
-    pipeline = Pipeline(model, shadow, stages, mesh, plan)
+    pipeline = Pipeline(model, shadow, stages, mesh, plan, regions)
     _refuse_untrained(pipeline)
     pipeline.cut()
     if mesh.is_main:
         logger.info("%s", described(pipeline))
     return pipeline
+
+
+def _refuse_wide_regions(regions: Sequence[str], leaves: Sequence[str], plan: Plan) -> None:
+    """PlanError where layers would be split between which a stage may begin."""
+    for name in regions:
+        if not any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves):
+            raise PlanError(
+                f"plan.tp={plan.tp} splits linear layers of {name or 'the model itself'}, between which a stage of the "
+                f"pipeline may begin. Keep them whole (plan.tp_whole=[{name or 'names of its layers'}]), or name it in "
+                "plan.blocks, so that it stays in one stage."
+            )
+
+
+def split_stages(pipeline: Pipeline, mesh: Mesh, plan: Plan) -> Split | None:
+    """Split the layers of the stages that this rank holds over tensor-parallel ranks; None where there are none."""
+    model = pipeline.model
+    if not any(is_held(model, name) for name in pipeline.regions):
+        return None
+    named = list(model.named_modules())
+    whole = [pattern for pattern in plan.tp_whole if any(is_named(name, each, pattern) for name, each in named)]
+    return split_layers(model, mesh.sharding["tp"], whole)
 
 
 def described(pipeline: Pipeline) -> str:

@@ -38,6 +38,17 @@ class Elsewhere(nn.Module):
         return f"{type(self.__dict__['_twin']).__name__} of stage {self.__dict__['stage']}"
 
 
+def is_held(model: nn.Module, name: str) -> bool:
+    """Whether this rank has the module `name`, and not what stands for it."""
+    module = model
+    for part in name.split(".") if name else ():
+        found = module._modules.get(part)
+        if found is None or isinstance(found, Elsewhere):
+            return False
+        module = found
+    return True
+
+
 def keep_stages(model: nn.Module, twin: nn.Module, stages: Stages, held: Collection[int]) -> None:
     """Take out of `model` what none of the stages `held` has; `twin` is a copy of the whole without numbers."""
     names = dict(model.named_parameters())
