@@ -197,3 +197,22 @@ def test_what_is_wrong_is_a_sentence(arguments, code, said, say, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     found, _, err = say(*arguments)
     assert found == code and err.startswith("trainfleet: ") and said in err
+
+
+def test_model_and_optimizer_go_to_deepspeed_and_come_back(say, tmp_path):
+    torch = pytest.importorskip("torch")
+    memory = {"w": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.full((2, 2), 0.5)}}
+    groups = [{"lr": 0.1, "betas": [0.9, 0.99]}]
+    states = {
+        "model": Held(w=torch.arange(4.0).view(2, 2)),
+        "optimizer": Held(memory=memory, started=["w"], groups=groups),
+    }
+    with Checkpointer(FileStore(tmp_path / "run" / "checkpoints")) as checkpointer:
+        checkpointer.save(7, **states).wait()
+    code, out, _ = say("export", tmp_path / "run", tmp_path / "theirs", "--universal")
+    assert code == 0 and "global_step7" in out
+    assert say("export", tmp_path / "run", tmp_path / "theirs", "--universal")[0] == 7
+    code, out, _ = say("import", tmp_path / "theirs", tmp_path / "back", "--step", 7)
+    assert code == 0 and "1 parameters and their optimizer" in out
+    assert say("diff", tmp_path / "run", tmp_path / "back", "--state", "model")[0] == 0
+    assert say("diff", tmp_path / "run", tmp_path / "back", "--state", "optimizer")[0] == 0

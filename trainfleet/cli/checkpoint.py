@@ -129,6 +129,7 @@ def export(
     state: str = STATE,
     dtype: str | None = typer.Option(None, "--dtype", help="Round floats to it.", metavar="fp32|bf16|fp16"),
     shard_size: str | None = typer.Option(None, "--shard-size", help="Files of at most so much, such as 5GB."),
+    universal: bool = typer.Option(False, "--universal", help="With the optimizer, as DeepSpeed's universal folder."),
     force: bool = FORCE,
 ) -> None:
     """Weights as safetensors, which load without trainfleet. Whole arrays, also from ZeRO-3; nothing unverified."""
@@ -139,6 +140,9 @@ def export(
     from trainfleet.cli.progress import Progress
     from trainfleet.monitor.units import readable_bytes
 
+    if universal:
+        _export_universal(place, step, output, force)
+        return
     if dtype is not None and dtype not in PRECISIONS:
         raise ConfigError(f"--dtype is {dtype!r}; allowed: one of {', '.join(PRECISIONS)}.")
     most = _size(shard_size) if shard_size else None
@@ -162,9 +166,30 @@ def export(
     print(f"step {manifest.step}: {len(arrays)} arrays, {readable_bytes(total)}, in {output}")
 
 
+def _export_universal(place: str, step: int | None, output: Path, force: bool) -> None:
+    from trainfleet.checkpoint.catalog import open_place, read_step
+    from trainfleet.checkpoint.foreign.deepspeed import is_universal, write_universal
+    from trainfleet.checkpoint.sealed import Damaged
+    from trainfleet.checkpoint.whole import Whole
+    from trainfleet.cli.progress import Progress
+
+    if is_universal(output) and not force:
+        raise CheckpointError(f"{output} exists already.", hint="Name another output, or replace it with --force.")
+    store, named = open_place(place)
+    manifest, indexes = read_step(store, step if step is not None else named)
+    try:
+        with Whole(store, indexes) as whole, Progress(str(output)) as progress:
+            made = write_universal(whole, output, manifest.step, progress.add)
+    except Damaged as error:
+        raise DamageFound(f"Step {manifest.step} was not exported: {error}") from error
+    print(f"step {manifest.step}: model and optimizer for DeepSpeed (checkpoint.load_universal), in {made}")
+
+
 @app.command("import")
 def import_(
-    source: Path = typer.Argument(..., help="A .safetensors or .pt file, a folder of safetensors, or a DCP folder."),
+    source: Path = typer.Argument(
+        ..., help="A .safetensors or .pt file; a folder of safetensors, of DCP, or DeepSpeed's universal."
+    ),
     output: str = typer.Argument(..., help="The folder of checkpoints to save into, or its URL.", metavar="OUTPUT"),
     step: int = typer.Option(0, "--step", help="As the checkpoint of this step.", min=0),
     state: str = typer.Option("model", "--state", help="As this state."),
@@ -175,14 +200,21 @@ def import_(
     force: bool = FORCE,
 ) -> None:
     """Weights of others as a checkpoint, for `model.init_from` and `Checkpointer.restore`. Nothing in them is run."""
-    from trainfleet.checkpoint.foreign import import_arrays, open_foreign
+    from trainfleet.checkpoint.foreign import import_arrays, import_states, open_foreign
+    from trainfleet.checkpoint.foreign.deepspeed import arrays_of, is_universal, open_universal
     from trainfleet.checkpoint.names import folder_of
     from trainfleet.cli.progress import Progress
     from trainfleet.monitor.units import readable_bytes
     from trainfleet.store import open_store
 
-    found = open_foreign(source, strip=strip_prefix, only=only)
     metadata = {"imported_from": str(source)}
+    if is_universal(source):
+        states = open_universal(source)
+        with Progress(str(source), sum(array.num_bytes for array in arrays_of(states))) as progress:
+            import_states(open_store(output), states, step=step, metadata=metadata, replace=force, tell=progress.add)
+        print(f"{len(states['model'])} parameters and their optimizer, as {folder_of(step)} in {output}")
+        return
+    found = open_foreign(source, strip=strip_prefix, only=only)
     with Progress(str(source), found.num_bytes) as progress:
         import_arrays(
             open_store(output),

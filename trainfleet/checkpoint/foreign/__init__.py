@@ -5,8 +5,8 @@ Nothing here runs what a file says, and no number in a file is believed before i
 
 from __future__ import annotations
 
-from trainfleet.checkpoint.foreign.into_store import import_arrays
+from trainfleet.checkpoint.foreign.into_store import import_arrays, import_states
 from trainfleet.checkpoint.foreign.pieces import ForeignArray, ForeignPiece
 from trainfleet.checkpoint.foreign.source import Foreign, is_foreign, open_foreign
 
-__all__ = ["Foreign", "ForeignArray", "ForeignPiece", "import_arrays", "is_foreign", "open_foreign"]
+__all__ = ["Foreign", "ForeignArray", "ForeignPiece", "import_arrays", "import_states", "is_foreign", "open_foreign"]

@@ -13,7 +13,7 @@ from trainfleet.checkpoint.names import MANIFEST, Attempt, folder_of, steps_and_
 from trainfleet.checkpoint.order import Order, carry_out
 from trainfleet.checkpoint.retention import Retention
 from trainfleet.checkpoint.staging import StagedPiece, StagedShard
-from trainfleet.checkpoint.tree import encode, join
+from trainfleet.checkpoint.tree import Json, encode, join
 from trainfleet.comm.group import DEADLINE
 from trainfleet.errors import CheckpointError
 from trainfleet.store import Store
@@ -31,11 +31,31 @@ def import_arrays(
     replace: bool = False,
     tell: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Commit them as the state `state` of the checkpoint of `step`. `tell` hears how many bytes each piece had.
+    """Commit them as the state `state` of the checkpoint of `step`; else as `import_states`."""
+    tree, placed = state_tree(arrays, state), [(join(state, array.name), array) for array in arrays]
+    _commit(store, _staged(tree, placed, tell), step, metadata or {}, replace)
+
+
+def import_states(
+    store: Store,
+    states: Mapping[str, Any],
+    *,
+    step: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    tell: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Commit states, in which ForeignArrays stand for arrays. `tell` hears how many bytes each piece had.
 
     CheckpointError if there is one of that step, unless `replace`; StoreError if the store is in use by a run.
     Whatever fails, what stood there stands.
     """
+    placed: list[tuple[str, ForeignArray]] = []
+    tree = {name: _tree(state, name, placed) for name, state in states.items()}
+    _commit(store, _staged(tree, placed, tell), step, metadata or {}, replace)
+
+
+def _commit(store: Store, staged: StagedShard, step: int, metadata: Mapping[str, Any], replace: bool) -> None:
     attempt = Attempt(step=step, run=secrets.token_hex(6), number=1, world_size=1)
     with closing(store.hold()):
         if MANIFEST in steps_and_files(store.names()).get(step, ()) and not replace:
@@ -45,8 +65,8 @@ def import_arrays(
         order = Order(
             attempt=attempt,
             rank=0,
-            staged=_staged(arrays, state, tell),
-            metadata=encode(dict(metadata or {}), "metadata", lambda array: None),
+            staged=staged,
+            metadata=encode(dict(metadata), "metadata", lambda array: None),
             metrics={},
             retention=_ALL,
             timeout=DEADLINE,
@@ -70,10 +90,21 @@ class _Unread:
         return found.data
 
 
-def _staged(arrays: tuple[ForeignArray, ...], state: str, tell: Callable[[int], None]) -> StagedShard:
+def _tree(value: Any, path: str, placed: list[tuple[str, ForeignArray]]) -> Json:
+    """A state in the form of checkpoint/tree.py; its arrays and their paths go into `placed`."""
+    if isinstance(value, ForeignArray):
+        placed.append((path, value))
+        shape = list(value.shape)
+        return {"$": "array", "dtype": value.dtype, "shape": shape, "library": "torch", "sharded": False}
+    if isinstance(value, Mapping):  # not plain JSON, as a name may begin with $
+        items = [[key, _tree(item, join(path, key), placed)] for key, item in value.items()]
+        return {"$": "dict", "items": items}
+    return encode(value, path, lambda array: None)
+
+
+def _staged(tree: Json, placed: list[tuple[str, ForeignArray]], tell: Callable[[int], None]) -> StagedShard:
     pieces = []
-    for array in arrays:
-        path = join(state, array.name)
+    for path, array in placed:
         for piece in array.pieces:
             late = _Unread(piece, array.name, num_bytes(array.dtype, piece.region.shape), tell)
             pieces.append(
@@ -86,4 +117,4 @@ def _staged(arrays: tuple[ForeignArray, ...], state: str, tell: Callable[[int], 
                     per_rank=False,
                 )
             )
-    return StagedShard(state=state_tree(arrays, state), pieces=tuple(pieces), left_to_rank_0=())
+    return StagedShard(state=tree, pieces=tuple(pieces), left_to_rank_0=())

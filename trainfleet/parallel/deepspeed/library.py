@@ -86,3 +86,7 @@ class _Places:
 
     def get_model_parallel_rank(self) -> int:
         return 0
+
+    # These names it asks for when it loads a universal checkpoint.
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
