@@ -81,6 +81,10 @@ WAYS = [
     (4, Plan(tp=2, zero=3), 1, Plan()),
     (4, Plan(tp=2), 4, Plan(tp=4)),
     (4, Plan(tp=2, zero=1), 2, Plan(tp=2)),
+    (2, Plan(cp=2, zero=3), 1, Plan()),
+    (4, Plan(cp=2, zero=2), 2, Plan(cp=2)),
+    (1, Plan(), 4, Plan(cp=2, tp=2)),
+    (4, Plan(cp=2, tp=2, zero=3), 4, Plan(tp=2, zero=2)),
 ]
 
 
@@ -93,7 +97,7 @@ def check(ranks: RankPools, folder: str, way: Any, seed: int) -> None:
         assert not different, f"{plan} -> {other}: {different}"
 
 
-@pytest.mark.parametrize("way", WAYS[1:3], ids=str)
+@pytest.mark.parametrize("way", [*WAYS[1:3], WAYS[7]], ids=str)
 def test_saved_under_one_plan_it_loads_under_another(ranks: RankPools, tmp_path: Any, way: Any) -> None:
     check(ranks, str(tmp_path), way, 0)
 

@@ -29,6 +29,7 @@ from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import ModelState, OptimizerState
 from trainfleet.parallel.precision import raise_to_float32, refuse_narrow_state, watch_dtypes
 from trainfleet.parallel.randomness import seed_micro_batch
+from trainfleet.parallel.same_batch import refuse_unlike_batches
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.usage import Usage
 from trainfleet.plan import Plan
@@ -127,6 +128,7 @@ class NativeEngine:
         self._norm = None
         if self._is_checked:
             return self._run(micro_batches)
+        refuse_unlike_batches(micro_batches, self.mesh)
         with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
             loss = self._run(micro_batches)
         # Ranks may have used different modules; all of them must stop.

@@ -60,7 +60,7 @@ def check_replicas(model: nn.Module) -> None:
     sharded = {name: piece for name, piece in pieces.items() if is_sharded(named[name])}
     whole = {name: piece for name, piece in pieces.items() if name not in sharded}
     found = [
-        _difference(whole, mesh.data_axes, mesh.rank),
+        _difference(whole, mesh.gradient_axes, mesh.rank),
         _difference(sharded, mesh["dp_replicate"], mesh.rank),
     ]
     if "tp" in mesh.plan_axes:

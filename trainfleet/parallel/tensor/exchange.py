@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-
 OUTER = threading.local()
 """Its `context` is the Context (of context parallelism) in which this thread computes on pieces; regions ask for it."""
 
