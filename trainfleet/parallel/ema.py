@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.errors import ConfigError, PlanError
 from trainfleet.parallel.pieces import as_piece
+from trainfleet.parallel.pipeline.states import absent_averages
 from trainfleet.parallel.spread import spread_of
 
 
@@ -59,8 +60,12 @@ class Ema:
             self._averages[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        mesh = self._spread.mesh
-        return {name: as_piece(name, p, self._averages[name], mesh=mesh) for name, p in self._trained()}
+        mesh, pipeline = self._spread.mesh, self._spread.pipeline
+        found = {
+            name: as_piece(name, p, self._averages[name], mesh=mesh, copy=self._spread.copy_of(name))
+            for name, p in self._trained()
+        }
+        return found if pipeline is None else {**found, **absent_averages(pipeline, found)}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, average in self._averages.items():

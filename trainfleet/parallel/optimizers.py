@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from trainfleet.errors import ConfigError, PlanError
 from trainfleet.imports import load_object
 from trainfleet.parallel.joined_optimizer import JoinedOptimizer
 from trainfleet.parallel.muon import GatheredMuon
+from trainfleet.parallel.spread import is_spread, spread_of
 from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -168,23 +169,28 @@ def build_optimizer(
     args = dict(args or {})
     decay_all = bool(args.pop("decay_all", False))
     trained, special = _sort(parameters)
+    whole = trained
+    if isinstance(parameters, nn.Module) and is_spread(parameters) and (pipeline := spread_of(parameters).pipeline):
+        # Every stage has the groups of the whole, if empty: a tied parameter is treated alike, and states agree.
+        whole, special = _sort(pipeline.shadow.model)
     if not trained:
         raise ConfigError("There is no parameter that requires a gradient, so the optimizer has nothing to do.")
     if meta := [each for each, parameter in trained.items() if parameter.is_meta]:
         raise ConfigError(f"{meta[0]} is on the meta device. Materialise the model before you build its optimizer.")
-    undecayed = set() if decay_all else special | {each for each, p in trained.items() if p.ndim < 2}
+    undecayed = set() if decay_all else special | {each for each, p in whole.items() if p.ndim < 2}
     make = _find(name)
     if make is not torch.optim.Muon:
-        return _make(name, make, trained, undecayed, lr, args)
-    matrices = {each: p for each, p in trained.items() if p.ndim == 2 and each not in special}
-    others = {each: p for each, p in trained.items() if each not in matrices}
+        return _make(name, make, trained, whole, undecayed, lr, args)
+    matrices = {each for each, p in whole.items() if p.ndim == 2 and each not in special}
     rest = {**({"weight_decay": args["weight_decay"]} if "weight_decay" in args else {}), **args.pop("adamw", {})}
     args.setdefault("adjust_lr_fn", "match_rms_adamw")  # so that one rate suits both
     parts = []
     if matrices:
-        parts.append(_make(name, make, matrices, set(), lr, args))
-    if others:
-        parts.append(_make("adamw", torch.optim.AdamW, others, undecayed, lr, rest))
+        of_matrices = {each: p for each, p in trained.items() if each in matrices}
+        parts.append(_make(name, make, of_matrices, matrices, set(), lr, args))
+    if others := set(whole) - matrices:
+        of_others = {each: p for each, p in trained.items() if each in others}
+        parts.append(_make("adamw", torch.optim.AdamW, of_others, others, undecayed, lr, rest))
     return parts[0] if len(parts) == 1 else JoinedOptimizer(*parts)
 
 
@@ -204,10 +210,12 @@ def _make(
     name: str,
     make: Callable[..., Any],
     trained: Mapping[str, nn.Parameter],
+    whole: Collection[str],
     undecayed: set[str],
     lr: float,
     args: dict[str, Any],
 ) -> Optimizer:
+    """`whole` are the names over all stages of a pipeline, `trained` the parameters here."""
     known = _arguments(make)
     takes_any = not known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for arg in args:
@@ -223,11 +231,12 @@ def _make(
     args = {arg: tuple(value) if isinstance(value, list) else value for arg, value in args.items()}
     args |= _kernel(make, list(trained.values()), args)
     groups: list[dict[str, Any]] = [{"params": list(trained.values())}]
-    if "weight_decay" in known and undecayed:
-        groups = [{"params": [p for each, p in trained.items() if each not in undecayed]}]
+    if "weight_decay" in known and undecayed & set(whole):
+        decayed = [{"params": [p for each, p in trained.items() if each not in undecayed]}]
+        groups = decayed if set(whole) - undecayed else []
         groups += [{"params": [p for each, p in trained.items() if each in undecayed], "weight_decay": 0.0}]
     try:
-        optimizer = make([group for group in groups if group["params"]], lr=lr, **args)
+        optimizer = make(groups, lr=lr, **args)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"{name} refuses the arguments lr={lr}, {args}: {exc}. Correct optimizer.args.") from exc
     if not isinstance(optimizer, Optimizer):

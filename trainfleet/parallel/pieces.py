@@ -15,16 +15,19 @@ from trainfleet.errors import CheckpointError
 from trainfleet.mesh import Axes
 from trainfleet.parallel.layout import axes_of
 from trainfleet.parallel.optimizers import shard_safe
+from trainfleet.parallel.pipeline.states import absent_state, whole_memory
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.torch_private import offsets_in_whole
 from trainfleet.state import ShardedArray
 
 
-def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, mesh: Axes | None = None) -> ShardedArray:
+def as_piece(
+    name: str, like: Tensor, local: Tensor | None = None, *, mesh: Axes | None = None, copy: int = 0
+) -> ShardedArray:
     """The piece of `like` that this rank holds; with `local`, another tensor laid out in the same way.
 
     Copies are told apart by this rank's place on the axes of `mesh` over which the tensor is not split; without a
-    mesh, on those of the DTensor's own.
+    mesh, on those of the DTensor's own. Of a pipeline's ranks few hold it: `copy` counts those before this one.
     """
     if isinstance(like, DTensor):
         piece = like.to_local() if local is None else local
@@ -32,9 +35,9 @@ def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, mesh: Axes
         if piece.numel() == 0:
             offsets = tuple(0 for _ in offsets)
         coordinate = list(like.device_mesh.get_coordinate() or ())
-        copy = sum(at for at, placement in zip(coordinate, like.placements) if placement.is_replicate())
+        copy += sum(at for at, placement in zip(coordinate, like.placements) if placement.is_replicate())
         if mesh is not None:
-            copy += sum(mesh[axis].rank for axis in mesh.plan_axes if axis not in axes_of(like))
+            copy += sum(mesh[axis].rank for axis in mesh.plan_axes if axis != "pp" and axis not in axes_of(like))
         return ShardedArray(
             name=name, global_shape=tuple(like.shape), offsets=offsets, local=piece.detach(), replica=copy
         )
@@ -44,7 +47,7 @@ def as_piece(name: str, like: Tensor, local: Tensor | None = None, *, mesh: Axes
         global_shape=tuple(like.shape),
         offsets=(0,) * like.ndim,
         local=piece.detach(),
-        replica=mesh.rank if mesh is not None else 0,
+        replica=copy + sum(mesh[axis].rank for axis in mesh.plan_axes if axis != "pp") if mesh is not None else copy,
     )
 
 
@@ -69,11 +72,14 @@ class ModelState:
 
     @torch.no_grad()  # in which the piece of a DTensor costs no step of autograd
     def state_dict(self) -> dict[str, Any]:
-        mesh = self._spread.mesh
-        return {
-            name: as_piece(name, value, mesh=mesh) if isinstance(value, Tensor) else value
+        mesh, pipeline = self._spread.mesh, self._spread.pipeline
+        found = {
+            name: as_piece(name, value, mesh=mesh, copy=self._spread.copy_of(name))
+            if isinstance(value, Tensor)
+            else value
             for name, value in self._entries().items()
         }
+        return found if pipeline is None else {**found, **absent_state(pipeline, found)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
@@ -94,9 +100,8 @@ class OptimizerState:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        spread = spread_of(model)
-        spread.rest()
-        self._mesh = spread.mesh
+        self._spread = spread_of(model)
+        self._spread.rest()
         names = {parameter: name for name, parameter in model.named_parameters()}
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if strangers := sum(parameter not in names for parameter in held):
@@ -117,7 +122,7 @@ class OptimizerState:
             {key: _plain(value) for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        return {
+        state = {
             "memory": {
                 name: {key: self._entry(name, key, value) for key, value in memory.items()}
                 for name, memory in memories.items()
@@ -125,14 +130,17 @@ class OptimizerState:
             "started": started,
             "groups": groups,
         }
+        pipeline = self._spread.pipeline
+        return state if pipeline is None else whole_memory(pipeline, state)
 
     def _entry(self, name: str, key: str, value: Any) -> Any:
         parameter = self._named[name]
         if not isinstance(value, Tensor):
             return value
+        mesh, copy = self._spread.mesh, self._spread.copy_of(name)
         if value.shape == parameter.shape or (value.ndim and value.shape == _local(parameter).shape):
-            return as_piece(f"{name}.{key}", parameter, _local(value), mesh=self._mesh)
-        return as_piece(f"{name}.{key}", value, mesh=self._mesh)
+            return as_piece(f"{name}.{key}", parameter, _local(value), mesh=mesh, copy=copy)
+        return as_piece(f"{name}.{key}", value, mesh=mesh, copy=copy)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:

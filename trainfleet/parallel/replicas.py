@@ -66,6 +66,9 @@ def check_replicas(model: nn.Module) -> None:
     if "tp" in mesh.plan_axes:
         copied = {name: piece for name, piece in pieces.items() if not is_split_over(named[name], "tp")}
         found.append(_difference(copied, mesh["tp"], mesh.rank))
+    if spread.pipeline is not None:
+        tied = {name: piece for name, piece in pieces.items() if name in spread.pipeline.tied()}
+        found.append(_difference(tied, mesh["pp"], mesh.rank, some_have_none=True))
     problem = next((each for each in found if each), None)
     # A rank whose own replicas agree must hear of those that do not, or it would wait for its peers for ever.
     problems = [each for each in mesh.world.exchange(problem) if each]
@@ -77,14 +80,16 @@ def check_replicas(model: nn.Module) -> None:
         )
 
 
-def _difference(tensors: Mapping[str, Tensor], group: Group, rank: int) -> str | None:
-    if group.size == 1 or not tensors:
+def _difference(tensors: Mapping[str, Tensor], group: Group, rank: int, *, some_have_none: bool = False) -> str | None:
+    """The first of `tensors` that differs between those members of `group` that have it."""
+    if group.size == 1 or not (tensors or some_have_none):
         return None
     theirs = group.exchange({"rank": rank, "digests": digests(tensors)})
     for name in tensors:
         ranks_of: dict[str, list[int]] = {}
         for each in theirs:
-            ranks_of.setdefault(each["digests"][name], []).append(each["rank"])
+            if name in each["digests"]:
+                ranks_of.setdefault(each["digests"][name], []).append(each["rank"])
         if len(ranks_of) > 1:
             return _said(name, list(ranks_of.values()))
     return None

@@ -42,6 +42,10 @@ class Spread:
     pipeline: Pipeline | None = None
     """Which stages this rank holds; None with pp = 1."""
 
+    def copy_of(self, name: str) -> int:
+        """Which of the copies of a parameter or buffer that several stages of a pipeline hold this rank has."""
+        return self.pipeline.copy_of(name) if self.pipeline is not None else 0
+
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Run one forward and backward inside; gradients are exchanged when the plan wants them to be.
@@ -113,6 +117,13 @@ def accumulating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         spread.exchange_gradients(last=True)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """The number of trained and fixed numbers of the whole model, wherever its parts are; tied ones once."""
+    pipeline = spread_of(model).pipeline if is_spread(model) else None
+    whole = model if pipeline is None else pipeline.shadow.model
+    return sum(parameter.numel() for parameter in whole.parameters())
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:

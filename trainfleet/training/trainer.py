@@ -28,6 +28,7 @@ from trainfleet.monitor import used_bytes
 from trainfleet.parallel import Ema, Engine, make_engine
 from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
+from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful
 from trainfleet.training.anomaly import Anomalies
 from trainfleet.training.failure import note_step
@@ -79,7 +80,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         self.mesh = mesh
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())  # an engine may cut them
+        self._num_parameters = num_parameters(model)  # an engine may cut them
         self.engine = engine or make_engine(model, optimizer, loss_fn, seed=self.config.seed)
         self.model = model
         self.optimizer = optimizer
