@@ -31,7 +31,10 @@ def written(folder: Path, content: bytes, compression: int = zipfile.ZIP_STORED)
 def test_plain_settings_are_told_and_others_left_out(tmp_path: Path) -> None:
     groups = [{"lr": 0.5, "betas": (0.9, 0.99), "fused": None, "params": [1, 2], "odd": {1: 2}}]
     file = written(tmp_path, pickle.dumps({"optimizer_state_dict": {"param_groups": groups}}))
-    assert asked(file) == {"groups": [{"lr": 0.5, "betas": [0.9, 0.99], "fused": None}]}
+    assert asked(file) == {"groups": [{"lr": 0.5, "betas": [0.9, 0.99], "fused": None}], "shapes": {}, "steps": 0}
+    about = {"param_shapes": [{"a": (2, 3)}, {"b": ()}], "global_steps": 5, "skipped_steps": 1}
+    file = written(tmp_path, pickle.dumps(about))
+    assert asked(file) == {"groups": [], "shapes": {"a": [2, 3], "b": []}, "steps": 4}
 
 
 @pytest.mark.parametrize("call", [os.getcwd, print, eval])

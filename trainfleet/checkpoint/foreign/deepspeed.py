@@ -14,6 +14,7 @@ what its `zero_to_fp32` writes and `trainfleet checkpoint export` are the same s
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainfleet.checkpoint.arrays import make
 from trainfleet.checkpoint.export import exported_name
@@ -131,14 +134,21 @@ def open_universal(place: Path) -> dict[str, Any]:
     names = sorted(path.name for path in folder.iterdir() if (path / f"{_WEIGHTS}.pt").is_file())
     if not names:
         raise CheckpointError(f"{folder} holds no parameter, which would be a folder with {_WEIGHTS}.pt.")
+    about = next(iter(sorted(folder.parent.glob("*mp_rank_00_model_states.pt"))), None)
+    said: dict[str, Any] = _described(about) if about is not None else {"shapes": {}, "steps": 0}
+    shapes: dict[str, list[int]] = said["shapes"]
     memory: dict[str, dict[str, ForeignArray]] = {}
     for name in names:
         files = sorted(file for file in (folder / name).glob("*.pt") if file.stem != _WEIGHTS)
-        memory[name] = {file.stem: _array(f"{name}.{file.stem}", file) for file in files}
-    groups = _groups(folder / _SETTINGS)
+        memory[name] = {file.stem: _array(f"{name}.{file.stem}", file, shapes.get(name)) for file in files}
+        if memory[name] and "step" not in memory[name]:  # of stage 3, as are tensors in one dimension
+            memory[name]["step"] = _number(f"{name}.step", float(said["steps"]))
+    groups = _described(folder / _SETTINGS)["groups"]
+    if not groups:
+        raise CheckpointError(f"{folder / _SETTINGS} holds no settings of an optimizer.")
     started = [name for name in names if memory[name]]
     return {
-        "model": {name: _array(name, folder / name / f"{_WEIGHTS}.pt") for name in names},
+        "model": {name: _array(name, folder / name / f"{_WEIGHTS}.pt", shapes.get(name)) for name in names},
         "optimizer": {"memory": memory, "started": started, "groups": groups},
     }
 
@@ -163,8 +173,11 @@ def _newest(place: Path) -> Path:
     return place / name
 
 
-def _array(name: str, file: Path) -> ForeignArray:
-    """The tensor of a file; numbers of steps, which some versions save as plain numbers, as float32."""
+def _array(name: str, file: Path, known: list[int] | None) -> ForeignArray:
+    """The tensor of a file, of the `known` shape where it lies there in one dimension.
+
+    Numbers of steps, which some versions save as plain numbers, are taken as float32.
+    """
     import torch
 
     content = load_tensors(file, str(file))
@@ -179,11 +192,17 @@ def _array(name: str, file: Path) -> ForeignArray:
         tensor = tensor.float()
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = check_shape(name, dtype, tuple(int(n) for n in tensor.shape))
+    if known is not None and len(shape) == 1 and math.prod(check_shape(name, dtype, known)) == shape[0]:
+        shape = tuple(known)
     return whole_array(name, dtype, shape, lambda: bytes_of(tensor, dtype))
 
 
-def _groups(file: Path) -> list[dict[str, Any]]:
-    """The settings of the optimizer's groups; see deepspeed_groups.py for why another process reads them."""
+def _number(name: str, value: float) -> ForeignArray:
+    return whole_array(name, "float32", (), lambda: np.array(value, "<f4").reshape(1).view(np.uint8))
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What a file says beside tensors; see deepspeed_groups.py for why another process reads them."""
     command = [sys.executable, "-I", str(deepspeed_groups.__file__), str(file.absolute())]
     try:
         done = subprocess.run(
@@ -195,5 +214,5 @@ def _groups(file: Path) -> list[dict[str, Any]]:
     except ValueError as error:  # killed at a limit, it leaves no answer
         raise CheckpointError(f"{file} took more time or memory to read than any such file needs.") from error
     if "error" in answer:
-        raise CheckpointError(f"{file} holds no settings of an optimizer: {answer['error']}")
-    return [dict(group) for group in answer["groups"]]
+        raise CheckpointError(f"{file} is none of DeepSpeed's: {answer['error']}")
+    return dict(answer)

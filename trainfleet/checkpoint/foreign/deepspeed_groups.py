@@ -1,9 +1,14 @@
-"""The settings of an optimizer in DeepSpeed's `optimizer_state.pt`, read by a process of its own that can do no harm.
+"""What DeepSpeed's `optimizer_state.pt` and `*_model_states.pt` say beside tensors, read by a process of its own.
 
-That file is a zip with a pickle, which names classes of DeepSpeed and may name anything. So this file is run as a
-program, `python -I deepspeed_groups.py optimizer_state.pt`, under limits of memory and time: it knows the few names
-that belong there, and makes of each an inert stub. It prints JSON: {"groups": [{"lr": 0.001, "betas": [0.9, 0.999]}]},
-or {"error": why}. Whoever reads that checks it: it is the file's word.
+Those files are zips with a pickle, which names classes of DeepSpeed and may name anything. So this file is run as a
+program, `python -I deepspeed_groups.py FILE`, under limits of memory and time: it knows the few names that belong
+there, and makes of each an inert stub. It prints JSON with the settings of the optimizer's groups, the shapes of
+parameters and the number of steps taken, as far as the file has them, or why it cannot be read:
+
+    {"groups": [{"lr": 0.001, "betas": [0.9, 0.999]}], "shapes": {"head.weight": [16, 32]}, "steps": 100}
+    {"error": why}
+
+Whoever reads that checks it: it is the file's word.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ _CPU_SECONDS = 60
 
 _CLASSES = {
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_device_tensor_from_numpy"},
-    "torch": {"device", "Size", "Tensor"},
+    "torch": {"device", "Tensor"},
     "torch._tensor": {"_rebuild_from_type_v2"},
     "torch.nn.parameter": {"Parameter"},
     "deepspeed.runtime.fp16.loss_scaler": {"LossScaler", "DynamicLossScaler"},
@@ -51,10 +56,16 @@ class _Ordered(dict[Any, Any]):
         pass
 
 
+class _Size(tuple[Any, ...]):
+    """torch.Size"""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return _Ordered
+        if (module, name) == ("torch", "Size"):
+            return _Size
         of_torch = module in ("torch", "torch.storage") and (
             name.endswith(_STORAGES) or name.startswith(("float", "bf"))
         )
@@ -66,17 +77,20 @@ class _Unpickler(pickle.Unpickler):
         return Stub()
 
 
-def groups_in(file: Path) -> list[dict[str, Any]]:
-    """The optimizer's groups, each as its plain settings."""
+def described(file: Path) -> dict[str, Any]:
+    """The JSON above."""
     with zipfile.ZipFile(file) as archive:
         member = next(each for each in archive.infolist() if each.filename.endswith("/data.pkl"))
         if member.file_size > _MOST_PICKLE_BYTES or member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("it is larger than any such file, or compressed")
         state = _Unpickler(io.BytesIO(archive.read(member))).load()
-    groups = state.get("param_groups")
-    if groups is None:
-        groups = state["optimizer_state_dict"]["param_groups"]
-    return [{str(k): v for k, v in dict(group).items() if k != "params" and _is_plain(v)} for group in groups]
+    groups = state.get("param_groups") or state.get("optimizer_state_dict", {}).get("param_groups", [])
+    shapes: dict[str, list[int]] = {}
+    for part in state.get("param_shapes") or []:
+        shapes |= {str(name): [int(length) for length in shape] for name, shape in part.items()}
+    plain = [{str(k): v for k, v in dict(group).items() if k != "params" and _is_plain(v)} for group in groups]
+    steps = state.get("global_steps", 0) - state.get("skipped_steps", 0)
+    return {"groups": plain, "shapes": shapes, "steps": int(steps)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -107,7 +121,7 @@ def main() -> None:
     file = Path(sys.argv[1])
     try:
         _limit(min(file.stat().st_size, 1 << 33))
-        answer = json.dumps({"groups": groups_in(file)}, allow_nan=False)
+        answer = json.dumps(described(file), allow_nan=False)
     except BaseException as error:  # a pickle can fail in any way; how is told, and the process ends
         answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
     sys.stdout.write(answer)
