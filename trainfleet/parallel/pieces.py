@@ -47,8 +47,15 @@ def as_piece(
         global_shape=tuple(like.shape),
         offsets=(0,) * like.ndim,
         local=piece.detach(),
-        replica=copy + sum(mesh[axis].rank for axis in mesh.plan_axes if axis != "pp") if mesh is not None else copy,
+        replica=copy + _place_beside_stages(mesh) if mesh is not None else copy,
     )
+
+
+def _place_beside_stages(mesh: Axes) -> int:
+    """0 for one rank of each stage, and only for that."""
+    if "pp" not in mesh.plan_axes:
+        return mesh.rank
+    return sum(mesh[axis].rank for axis in mesh.plan_axes if axis != "pp")
 
 
 class ModelState:
