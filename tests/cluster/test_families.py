@@ -12,13 +12,15 @@ from rank_pool import RankPools
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
 from trainfleet.training.verdict import Trace, compare
-from trainfleet.training.verify import reference_case, trace
+from trainfleet.training.verify import otherwise_rounded, reference_case, trace
 
 PLANS = [
     Plan(zero=3),
     Plan(zero=3, precision="bf16", recompute="blocks"),
     Plan(zero=2, recompute="selective"),
     Plan(zero=1, precision="fp16"),
+    Plan(tp=2),
+    Plan(tp=2, precision="bf16", recompute="blocks"),
 ]
 
 
@@ -27,18 +29,20 @@ def on_ranks(family: str, plan: Plan) -> Trace:
         return trace(case_of(family), plan, mesh)
 
 
-def on_one(family: str, plan: Plan, ranks: int) -> Trace:
+def on_one(family: str, plan: Plan, ranks: int) -> list[Trace]:
     with Mesh.from_env(plan) as mesh:
-        return trace(reference_case(case_of(family), ranks)[0], plan, mesh)
+        case = reference_case(case_of(family), ranks)[0]
+        return [trace(each, alone, mesh) for each, alone in [(case, plan), *otherwise_rounded(case, plan)]]
 
 
 def holds(ranks: RankPools, family: str, plan: Plan) -> None:
-    reference = ranks(1, on_one, family, Plan(precision=plan.precision, loss_scale=plan.loss_scale), 2)[0]
-    verdict = compare(reference, ranks(2, on_ranks, family, plan)[0], plan.precision)
+    alone = Plan(precision=plan.precision, loss_scale=plan.loss_scale)
+    reference, *rounded = ranks(1, on_one, family, alone, plan.data_ranks(2))[0]
+    verdict = compare(reference, ranks(2, on_ranks, family, plan)[0], plan.precision, rounded=rounded)
     assert verdict.holds, str(verdict)
 
 
-@pytest.mark.parametrize(("family", "plan"), [("bert", PLANS[0]), ("llama", PLANS[1])], ids=str)
+@pytest.mark.parametrize(("family", "plan"), [("bert", PLANS[0]), ("llama", PLANS[1]), ("gpt2", PLANS[4])], ids=str)
 def test_a_family_computes_the_same(family: str, plan: Plan, ranks: RankPools) -> None:
     holds(ranks, family, plan)
 

@@ -42,3 +42,13 @@ def test_rounding_hides_no_mistake() -> None:
     assert not compare(one, {**one, "step 1, parameter w": weight + np.array([0, 0, 0, 1e-4])}, "fp32").holds
     small = {"step 1, gradient of v": np.full(4, 1e-6)}  # beside larger ones, and twice what it should be
     assert not compare({**one, **small}, {**one, "step 1, gradient of v": np.full(4, 2e-6)}, "fp32").holds
+
+
+def test_what_an_optimizer_makes_of_rounding_is_measured() -> None:
+    one, shaken = {"w": np.ones(4), "v": np.ones(4)}, {"w": np.ones(4) * (1 + 1e-4), "v": np.ones(4)}
+    for name, error, holds in (("w", 2e-4, True), ("w", 8e-4, False), ("v", 2e-4, False), ("v", 1e-5, True)):
+        found = {**one, name: np.ones(4) * (1 + error)}
+        assert compare(one, found, "fp32", rounded=[shaken]).holds == holds
+        assert compare(one, found, "fp32").holds == (error < 2e-5)
+    unlike = {**one, "w": np.full(4, np.inf)}
+    assert not compare(one, {**one, "w": np.ones(4) * 2}, "fp32", rounded=[unlike]).holds

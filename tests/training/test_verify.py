@@ -16,7 +16,7 @@ from trainfleet.errors import DataError  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.training.verdict import compare  # noqa: E402
-from trainfleet.training.verify import Case, prove, reference_case, trace, verify  # noqa: E402
+from trainfleet.training.verify import Case, prove, reference_case, shake_gradients, trace, verify  # noqa: E402
 
 
 def build(name: str) -> Any:
@@ -157,3 +157,13 @@ def test_a_mistake_in_forward_is_found_at_the_module_that_makes_it() -> None:
     verdict = verify(Misplaced, Plan(), batches)
     assert verdict.first is not None
     assert verdict.first.tensor == "step 1, micro-batch 2, output of second"
+
+
+def test_gradients_are_shaken_by_a_part_of_their_size() -> None:
+    model = torch.nn.Linear(50, 50)
+    model.weight.grad, model.bias.grad = torch.full((50, 50), 2.0), None
+    state = torch.get_rng_state()
+    shake_gradients(model, 1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.bias.grad is None
+    assert (model.weight.grad - 2).square().mean().sqrt().item() == pytest.approx(2e-3, rel=0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from trainfleet.errors import PlanError
-from trainfleet.parallel.torch_private import outside_modes
+from trainfleet.parallel.torch_private import function_modes, outside_modes
 
 PRODUCTS = (
     *("mm", "addmm", "bmm", "baddbmm", "convolution"),
@@ -88,13 +89,18 @@ def _forgetful(block: nn.Module, forward: Callable[..., Any], contexts: Callable
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         first = True
+        modes = function_modes()  # of a region around the block, which backward knows nothing of
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal first
-            if first or not counters:
+            if first:
                 first = False
                 return forward(*args, **kwargs)
-            return _without_counting(counters, forward, args, kwargs)
+            with ExitStack() as again:
+                for mode in modes:
+                    if mode not in function_modes():
+                        again.enter_context(mode)
+                return _without_counting(counters, forward, args, kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
@@ -104,6 +110,8 @@ def _forgetful(block: nn.Module, forward: Callable[..., Any], contexts: Callable
 def _without_counting(
     counters: list[nn.Module], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    if not counters:
+        return forward(*args, **kwargs)
     buffers = [buffer for module in counters for buffer in module.buffers(recurse=False)]
     with outside_modes():  # what looks for kept results would look for these too
         kept = [buffer.clone() for buffer in buffers]

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.optim._muon import _adjust_lr as adjusted_muon_rate
 from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalise
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import _StopRecomputationError as EnoughRecomputed
@@ -40,6 +41,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "forget_iteration",
+    "function_modes",
     "gathered_parameters",
     "has_flash_attention",
     "in_backward",
@@ -215,3 +217,8 @@ def backward_of_parameters(groups: Any, parameters: Sequence[nn.Parameter]) -> N
     from torch.distributed.pipelining._backward import stage_backward_weight
 
     stage_backward_weight(iter(parameters), groups)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes that now stand in for torch's functions, the outermost first."""
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]

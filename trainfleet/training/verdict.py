@@ -41,7 +41,7 @@ class Verdict:
     first: Difference | None
     """The first tensor, in the order of computation, that rounding does not explain."""
     largest: Difference
-    """The largest deviation of all."""
+    """The largest deviation of all, measured by its tolerance."""
     remarks: tuple[str, ...] = ()
 
     @property
@@ -69,6 +69,10 @@ SMALL = 0.01
 """A gradient whose elements are less than this part of the usual one counts as if they were as large: what its sums
 were rounded by came with larger numbers."""
 
+ROUNDED_SLACK = 3.0
+"""How much further off a plan may be than a reference that was rounded in another way: of those there are few, and
+ranks that share a sum each round their part of it, and then the sum of the parts."""
+
 CONCATENATED_SLACK = {"fp32": 4.0, "bf16": 4.0, "fp16": 8.0}
 """Where one process takes the micro-batches of all ranks as one, it rounds the gradient of their sum once, and the
 ranks round each of theirs; Adam then makes steps of full size out of what differs in small gradients. In fp16 a bias
@@ -84,27 +88,38 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
 
 def compare(
-    reference: Trace, found: Trace, precision: str, *, slack: float = 1.0, remarks: Sequence[str] = ()
+    reference: Trace,
+    found: Trace,
+    precision: str,
+    *,
+    slack: float = 1.0,
+    rounded: Sequence[Trace] = (),
+    remarks: Sequence[str] = (),
 ) -> Verdict:
     """Compare traces; a tensor that only one of them has deviates without bound.
 
-    `slack` multiplies the tolerance. A tensor that is not finite agrees where the same elements are not finite: fp16
-    overflows, and skips, alike. Elements of parameters whose gradient is rounding alone (NOISE) are not compared.
+    `slack` multiplies the tolerance. `rounded` are references that were rounded in another way: with gradients shaken
+    by as much as rounding explains, or in float32; what those are off by is explained as well, ROUNDED_SLACK times
+    over. Adam divides a gradient by its own size, so it makes much of small ones; bfloat16 makes much of deep models.
+    A tensor that is not finite agrees where the same elements are not finite: fp16 overflows, and skips, alike.
+    Elements of parameters whose gradient is rounding alone (NOISE) are not compared.
     """
     tolerance = TOLERANCE[precision] * slack
     usual = _usual_gradients(reference)
-    noise = _noise(reference, usual, NOISE[precision])
+    noise = _noise(reference, usual, precision)
     differences = []
     for name in [*reference, *(name for name in found if name not in reference)]:
         step, _, what = name.partition(", ")
         floor = SMALL * usual.get(step, 0.0) if what.startswith("gradient of ") else 0.0
         aside = noise.get(what.removeprefix("parameter ")) if what.startswith("parameter ") else None
         deviation = _deviation(found.get(name), reference.get(name), floor=floor, aside=aside)
-        differences.append(Difference(tensor=name, deviation=deviation, tolerance=tolerance))
+        made_of_it = [_deviation(each.get(name), reference.get(name), floor=floor, aside=aside) for each in rounded]
+        explained = max(tolerance, *(ROUNDED_SLACK * each for each in made_of_it if each < float("inf")), 0.0)
+        differences.append(Difference(tensor=name, deviation=deviation, tolerance=explained))
     return Verdict(
         compared=len(differences),
         first=next((difference for difference in differences if not difference.explained), None),
-        largest=max(differences, key=lambda difference: difference.deviation),
+        largest=max(differences, key=lambda each: each.deviation / each.tolerance),
         remarks=(*remarks, *_said_of(noise)),
     )
 
@@ -121,15 +136,19 @@ def _usual_gradients(reference: Trace) -> dict[str, float]:
     return {step: float(np.sqrt(squares[step] / max(1, counts[step]))) for step in squares}
 
 
-def _noise(reference: Trace, usual: Mapping[str, float], share: float) -> dict[str, NDArray[Any]]:
-    """By parameter, the elements that in some step had a gradient, but only of rounding; without those of none."""
+def _noise(reference: Trace, usual: Mapping[str, float], precision: str) -> dict[str, NDArray[Any]]:
+    """By parameter, the elements that in some step had a gradient, but only of rounding; without those of none.
+
+    That is one below NOISE of the usual gradient, or below TOLERANCE of those of its own tensor: its sign may be any.
+    """
     found: dict[str, NDArray[Any]] = {}
     for name, value in reference.items():
         step, _, what = name.partition(", ")
         if what.startswith("gradient of "):
-            size = np.abs(value)
+            size = np.abs(value).astype(np.float64)
             parameter = what.removeprefix("gradient of ")
-            here = (size > 0) & (size < share * usual[step])
+            own = np.sqrt(np.square(size[np.isfinite(size)]).mean()) if np.isfinite(size).any() else 0.0
+            here = (size > 0) & (size < max(NOISE[precision] * usual[step], TOLERANCE[precision] * own))
             found[parameter] = found.get(parameter, False) | here
     return {name: elements for name, elements in found.items() if elements.any()}
 

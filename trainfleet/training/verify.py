@@ -20,7 +20,7 @@ from trainfleet.errors import DataError
 from trainfleet.mesh import Mesh
 from trainfleet.plan import MODEL_AXES, LossScale, Plan
 from trainfleet.training.activations import Activations, is_activation, whole_of
-from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, Verdict, compare, joined
+from trainfleet.training.verdict import CONCATENATED_SLACK, TOLERANCE, Trace, Verdict, compare, joined
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Case:
     """Compare gradients too; without them, losses, norms and parameters."""
     keep_activations: bool = False
     """Compare what each module gave in the first step, too."""
+    shake: float = 0.0
+    """By what part of their size gradients are changed at random before each step."""
     only_last: bool = False
     """Compare the parameters of the last step only."""
 
@@ -148,9 +150,10 @@ def prove(case: Case, plan: Plan, nproc: int) -> Verdict:
     alone = Plan(precision=plan.precision, loss_scale=plan.loss_scale, microbatches=plan.microbatches)
     with Mesh.from_env(alone) as mesh:
         reference = trace(together, alone, mesh)
+        rounded = [trace(each, plan_of_it, mesh) for each, plan_of_it in otherwise_rounded(together, alone)]
     case = replace(case, build=together.build, keep_activations=together.keep_activations)
     found = joined(launch(_trace_rank, nproc, (case, plan)))
-    return compare(reference, found, plan.precision, slack=slack, remarks=remarks)
+    return compare(reference, found, plan.precision, slack=slack, rounded=rounded, remarks=remarks)
 
 
 def _trace_rank(case: Case, plan: Plan) -> Trace:
@@ -243,6 +246,8 @@ def trace(case: Case, plan: Plan, mesh: Mesh) -> Trace:
         if case.keep_gradients:
             for name, gradient in _gradients(engine).items():
                 found[f"step {step + 1}, gradient of {name}"] = whole_of(gradient)
+        if case.shake:
+            shake_gradients(model, case.shake)
         found[f"step {step + 1}, gradient norm"] = np.asarray(engine.clip(case.clip_norm))
         engine.step()
         if not case.only_last or step == case.steps - 1:
@@ -262,3 +267,21 @@ def _gradients(engine: Engine) -> dict[str, Tensor]:
 
 def _parameters(engine: Engine) -> dict[str, Tensor]:
     return engine.parameters() if isinstance(engine, Gathering) else dict(engine.model.named_parameters())
+
+
+def otherwise_rounded(case: Case, alone: Plan) -> list[tuple[Case, Plan]]:
+    """The same work of one process, rounded in other ways: they show what rounding does to this very model."""
+    shaken = replace(case, shake=TOLERANCE[alone.precision])
+    return [(shaken, alone)] + [(case, replace(alone, precision="fp32"))] * (alone.precision != "fp32")
+
+
+def shake_gradients(model: nn.Module, part: float) -> None:
+    """Change each gradient by noise of `part` of its root mean square; torch's generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                size = parameter.grad.abs().square().mean().sqrt()
+                parameter.grad += torch.randn_like(parameter.grad) * (part * size)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from split_models import build
 from torch import nn
 
 from trainfleet.errors import PlanError
-from trainfleet.parallel.tensor.find import find_regions, group
+from trainfleet.parallel.tensor.find import Layer, find_regions, group, layer_of
 
 
-def layers(*shapes: tuple[int, int]) -> list[tuple[str, nn.Linear]]:
-    return [(str(i), nn.Linear(*shape, device="meta")) for i, shape in enumerate(shapes)]
+def layers(*shapes: tuple[int, int]) -> list[tuple[str, Layer]]:
+    return [(str(i), Layer(*shape, 0)) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         self.self, self.output = Self(), Output()
 
 
-class Layer(nn.Module):
+class EncoderLayer(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = Attention()
@@ -72,7 +73,7 @@ class Layer(nn.Module):
 
 
 def test_an_attention_whose_layers_lie_in_two_modules_is_a_region():
-    regions = find_regions(nn.Sequential(Layer(), Layer()), 2)
+    regions = find_regions(nn.Sequential(EncoderLayer(), EncoderLayer()), 2)
     assert [region.name for region in regions] == ["0.attention", "0", "1.attention", "1"]
     assert regions[0].columns == tuple(f"0.attention.self.{name}" for name in ("query", "key", "value"))
     assert regions[0].rows == ("0.attention.output.dense",)
@@ -108,3 +109,22 @@ def test_what_does_not_divide_is_refused_with_what_would():
 def test_a_model_without_pairs_is_refused():
     with pytest.raises(PlanError, match=r"plan\.tp is 2, but Linear has no linear layers that can be split"):
         find_regions(nn.Linear(4, 4), 2)
+
+
+class Conv1D(nn.Module):
+    """As in transformers: y = x W + b with W [in, out]."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.nf = out_features
+        self.weight = nn.Parameter(torch.ones(in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+
+def test_a_linear_layer_is_known_however_it_keeps_its_weight():
+    assert layer_of(nn.Linear(4, 6)) == Layer(4, 6, 0)
+    assert layer_of(Conv1D(6, 4)) == Layer(4, 6, 1)
+    assert layer_of(nn.Conv1d(4, 6, 3)) is None and layer_of(nn.LayerNorm(4)) is None
+    changed = nn.Linear(4, 6)
+    changed.forward = changed.forward  # somebody computes it in a way of their own
+    assert layer_of(changed) is None

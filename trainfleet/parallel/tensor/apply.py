@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from trainfleet.parallel.layout import is_sharded
-from trainfleet.parallel.tensor.find import Region, find_regions
+from trainfleet.parallel.tensor.find import Region, find_regions, layer_of
 from trainfleet.parallel.tensor.region import on_pieces
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,13 @@ def _placements(model: nn.Module, regions: Sequence[Region]) -> dict[int, Placem
     """How each parameter of a split layer lies, by its id; a row's bias is added once, so it stays whole."""
     found: dict[int, Placement] = {}
     for region in regions:
-        for name in region.columns:
-            found |= {id(parameter): Shard(0) for parameter in model.get_submodule(name).parameters()}
-        for name in region.rows:
-            found[id(model.get_submodule(name).weight)] = Shard(1)
+        for name in (*region.columns, *region.rows):
+            module = model.get_submodule(name)
+            layer = layer_of(module)
+            assert layer is not None
+            is_column = name in region.columns
+            found |= {id(parameter): Shard(0) for parameter in module.parameters() if is_column}
+            found[id(module.weight)] = Shard(layer.out_dim if is_column else 1 - layer.out_dim)
     return found
 
 

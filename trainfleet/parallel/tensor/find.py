@@ -26,6 +26,29 @@ _HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_hea
 """Attributes under which attention modules keep the number of their heads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer: y = x W + b, however its class keeps W."""
+
+    in_features: int
+    out_features: int
+    out_dim: int
+    """The dimension of the weight that has the output features."""
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """`module` as a linear layer, or None: nn.Linear, whose weight is [out, in], or the Conv1D of transformers,
+    whose weight is [in, out]."""
+    if "forward" in vars(module):
+        return None
+    if type(module) is nn.Linear:
+        return Layer(module.in_features, module.out_features, 0)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.ndim == 2:
+        return Layer(weight.shape[0], weight.shape[1], 1)
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Region:
     """A module that takes and gives whole tensors, and whose linear layers are split."""
@@ -73,16 +96,16 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
 
 def _find(
     module: nn.Module, name: str, is_root: bool, left_whole: set[nn.Module], found: list[Region]
-) -> list[tuple[str, nn.Linear]]:
+) -> list[tuple[str, Layer]]:
     """Add the regions in `module`; the linear layers that it has itself and that found no partner."""
     if module in left_whole:
         return []
-    linears: list[tuple[str, nn.Linear]] = []
+    linears: list[tuple[str, Layer]] = []
     for child_name, child in _called(module, name):
         if child in left_whole:
             continue
-        if type(child) is nn.Linear and "forward" not in vars(child):
-            linears.append((child_name, child))
+        if (layer := layer_of(child)) is not None:
+            linears.append((child_name, layer))
         else:
             strays = _find(child, child_name, False, left_whole, found)
             # Some models hold the layers of one attention in two modules: then their parent is the region.
@@ -116,13 +139,13 @@ def _is_in_list(module: nn.Module, child: nn.Module) -> bool:
     return child not in set(module.children())
 
 
-def group(linears: Sequence[tuple[str, nn.Linear]]) -> list[tuple[tuple[str, ...], str]]:
+def group(linears: Sequence[tuple[str, Layer]]) -> list[tuple[tuple[str, ...], str]]:
     """(split by column, split by row) of linear layers in the order in which a module has them.
 
     With d the width of what comes in, a group is layers that take d, up to one that gives d again.
     """
     groups: list[tuple[tuple[str, ...], str]] = []
-    columns: list[tuple[str, nn.Linear]] = []
+    columns: list[tuple[str, Layer]] = []
     for i, (name, linear) in enumerate(linears):
         following = linears[i + 1][1] if i + 1 < len(linears) else None
         if columns and _closes([column for _, column in columns], linear, following):
@@ -135,7 +158,7 @@ def group(linears: Sequence[tuple[str, nn.Linear]]) -> list[tuple[tuple[str, ...
     return groups
 
 
-def _closes(columns: Sequence[nn.Linear], linear: nn.Linear, following: nn.Linear | None) -> bool:
+def _closes(columns: Sequence[Layer], linear: Layer, following: Layer | None) -> bool:
     """Whether `linear` takes what `columns` gave, and so is split by row."""
     first = columns[0]
     width = first.in_features
@@ -172,14 +195,11 @@ def _refuse_indivisible(model: nn.Module, region: Region, size: int) -> None:
             heads = getattr(inner, attribute, None)
             if isinstance(heads, int) and not isinstance(heads, bool) and heads % size:
                 raise _indivisible(size, attribute, heads, region.name)
-    for name in region.columns:
-        features = model.get_submodule(name).out_features
-        if isinstance(features, int) and features % size:
-            raise _indivisible(size, "out_features", features, name)
-    for name in region.rows:
-        features = model.get_submodule(name).in_features
-        if isinstance(features, int) and features % size:
-            raise _indivisible(size, "in_features", features, name)
+    for names, what in ((region.columns, "out_features"), (region.rows, "in_features")):
+        for name in names:
+            features = getattr(layer_of(model.get_submodule(name)), what)
+            if features % size:
+                raise _indivisible(size, what, features, name)
 
 
 def _indivisible(size: int, what: str, value: int, name: str) -> PlanError:
