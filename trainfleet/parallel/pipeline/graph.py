@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +136,21 @@ def _replaced_dataclass(nested: Any, kinds: tuple[type, ...], function: Callable
         if hasattr(nested, each.name):
             object.__setattr__(twin, each.name, replaced(getattr(nested, each.name), kinds, function))
     return twin
+
+
+def signature(nested: Any) -> Hashable:
+    """Equal for inputs that a forward treats alike: of tensors shape and dtype, of all else the value."""
+    if isinstance(nested, Tensor):
+        return tuple(nested.shape), nested.dtype, nested.requires_grad
+    if isinstance(nested, Mapping):
+        return type(nested), tuple((key, signature(value)) for key, value in nested.items())
+    if isinstance(nested, list | tuple):
+        return type(nested), tuple(signature(each) for each in nested)
+    if is_dataclass(nested) and not isinstance(nested, type):
+        held = ((each.name, getattr(nested, each.name, None)) for each in fields(nested))
+        return type(nested), tuple((name, signature(value)) for name, value in held)
+    try:
+        hash(nested)
+    except TypeError:
+        return object()  # like no other
+    return type(nested), nested

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.pipeline.cut import keep_stages
-from trainfleet.parallel.pipeline.graph import Named, replaced
+from trainfleet.parallel.pipeline.graph import Named, signature
 from trainfleet.parallel.pipeline.program import Program, Ran
 from trainfleet.parallel.pipeline.record import record, tensors_of
 from trainfleet.parallel.pipeline.schedules import rank_of_stage
@@ -148,27 +147,3 @@ def _forward(pipeline: Pipeline, *args: Any, **kwargs: Any) -> Any:
     from trainfleet.parallel.pipeline.flow import output_of
 
     return output_of(pipeline, args, kwargs)
-
-
-def signature(nested: Any) -> Hashable:
-    """Equal for inputs that a forward treats alike: of tensors shape and dtype, of all else the value."""
-    if isinstance(nested, Tensor):
-        return tuple(nested.shape), nested.dtype, nested.requires_grad
-    if isinstance(nested, Mapping):
-        return type(nested), tuple((key, signature(value)) for key, value in nested.items())
-    if isinstance(nested, list | tuple):
-        return type(nested), tuple(signature(each) for each in nested)
-    if is_dataclass(nested) and not isinstance(nested, type):
-        held = ((each.name, getattr(nested, each.name, None)) for each in fields(nested))
-        return type(nested), tuple((name, signature(value)) for name, value in held)
-    try:
-        hash(nested)
-    except TypeError:
-        return object()  # like no other
-    return type(nested), nested
-
-
-def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """The nesting of `template` with `tensors` in place of its own, in order."""
-    rest = iter(tensors)
-    return replaced(template, (Tensor,), lambda _: next(rest))

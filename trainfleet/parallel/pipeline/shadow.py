@@ -64,6 +64,7 @@ class Shadow:
                 module.__dict__["_watched"] = (self, name)
 
 
+@functools.cache
 def _watched(plain: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         shadow, name = self.__dict__["_watched"]
