@@ -51,25 +51,6 @@ MIXING: dict[str, Call] = {
     "written": lambda x, w, t: written(x) + x @ w,
     "written plain": lambda x, w, t: plainly(x, w) * x,
 }
-LOSSES: dict[str, Call] = {
-    "mean": lambda x, w, t: F.cross_entropy((x @ w).flatten(0, 1), t.flatten()),
-    "sum": lambda x, w, t: F.cross_entropy((x @ w).view(-1, C), t.view(-1), reduction="sum"),
-    "some": lambda x, w, t: F.cross_entropy((x @ w).flatten(0, 1), t.where(t > 3, -100).flatten()),
-    "all options": lambda x, w, t: F.cross_entropy(
-        (x @ w).transpose(1, 2), t, torch.linspace(0.1, 2, C), ignore_index=3, label_smoothing=0.1
-    ),
-    "each": lambda x, w, t: F.cross_entropy((x @ w).mT, t, reduction="none") * torch.arange(T),
-    "next": lambda x, w, t: F.cross_entropy((x @ w)[:, :-1].reshape(-1, C), t[:, 1:].reshape(-1)),
-    "next, padded": lambda x, w, t: F.cross_entropy(
-        (x @ w).float().view(-1, C), F.pad(t, (0, 1), value=-100)[..., 1:].contiguous().view(-1), ignore_index=-100
-    ),
-    "probabilities": lambda x, w, t: F.cross_entropy((x @ w).mT, (x * 0.1).softmax(-1).mT),
-    "squares": lambda x, w, t: F.mse_loss(x @ w, x) + F.l1_loss(x, x @ w, reduction="sum") + F.huber_loss(x, x @ w),
-    "smooth": lambda x, w, t: F.smooth_l1_loss(x @ w, x, beta=0.5) + F.mse_loss(x @ w, x, reduction="none").max(),
-    "binary": lambda x, w, t: F.binary_cross_entropy_with_logits(x @ w, (x > 0).float()),
-    "of logarithms": lambda x, w, t: F.nll_loss((x @ w).log_softmax(-1).flatten(0, 1), t.flatten()),
-    "contrast": lambda x, w, t: F.cross_entropy(F.normalize(x.mean(1)) @ F.normalize(x[:, 0] @ w).T, torch.arange(B)),
-}
 FUNCTIONS: dict[str, Call] = {name: (lambda x, w, t, call=call: call(x @ w)) for name, call in CALLS.items()}
 
 
@@ -115,11 +96,11 @@ def computed(call: Call, context: Context | None, length: int = T) -> list[Tenso
     return [loss.detach(), *gradients]
 
 
-def wrong(calls: str, kind: Any) -> list[str]:
+def wrong(calls: str | dict[str, Call], kind: Any) -> list[str]:
     found = []
     with Mesh.from_env(Plan(cp=torch.distributed.get_world_size())) as mesh:
         context = Context(mesh.torch["cp"], kind)
-        for name, call in globals()[calls].items():
+        for name, call in (globals()[calls] if isinstance(calls, str) else calls).items():
             length = 6 if calls == "FUNCTIONS" else T
             expected = computed(call, None, length)
             try:
@@ -138,12 +119,8 @@ def test_what_mixes_positions_gives_what_the_whole_gives(ranks: RankPools) -> No
     assert ranks(2, wrong, "MIXING", "ring") == [[], []]
 
 
-def test_losses_give_what_the_whole_gives(ranks: RankPools) -> None:
-    assert ranks(2, wrong, "LOSSES", "all_to_all") == [[], []]
-
-
 @pytest.mark.matrix
-@pytest.mark.parametrize("calls", ["MIXING", "LOSSES", "FUNCTIONS"])
+@pytest.mark.parametrize("calls", ["MIXING", "FUNCTIONS"])
 def test_more_ranks_and_functions_give_what_the_whole_gives(ranks: RankPools, calls: str) -> None:
     size = 2 if calls == "FUNCTIONS" else 4
     assert ranks(size, wrong, calls, "ring") == [[]] * size
