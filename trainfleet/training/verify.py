@@ -152,11 +152,11 @@ def prove(case: Case, plan: Plan, nproc: int) -> Verdict:
         reference = trace(together, alone, mesh)
         rounded = [trace(each, plan_of_it, mesh) for each, plan_of_it in otherwise_rounded(together, alone)]
     case = replace(case, build=together.build, keep_activations=together.keep_activations)
-    found = joined(launch(_trace_rank, nproc, (case, plan)))
+    found = joined(launch(trace_rank, nproc, (case, plan)))
     return compare(reference, found, plan.precision, slack=slack, rounded=rounded, remarks=remarks)
 
 
-def _trace_rank(case: Case, plan: Plan) -> Trace:
+def trace_rank(case: Case, plan: Plan) -> Trace:
     """What this rank has to tell: of what several ranks have alike, the first of them."""
     with Mesh.from_env(plan) as mesh:
         found = trace(case, plan, mesh)

@@ -1,0 +1,76 @@
+"""Plans run on real processes of this machine, and held against one process, many in one go."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from proof.models import case_of
+
+from trainfleet import launch
+from trainfleet.errors import PlanError, TrainfleetError
+from trainfleet.mesh import Mesh
+from trainfleet.plan import Plan
+from trainfleet.training.verdict import Trace, Verdict, compare, joined
+from trainfleet.training.verify import otherwise_rounded, reference_case, trace, trace_rank
+
+Found = dict[int, Trace | str]
+"""By the number of the plan: what was computed, or why the plan was refused."""
+
+
+def held_against_one_process(model: str, plans: Sequence[Plan], size: int) -> list[Verdict | str]:
+    """For each plan, on `size` processes: the verdict, or the reason for which the plan was refused."""
+    found = run(model, plans, size)
+    return [each if isinstance(each, str) else verdict_of(model, plan, size, each) for plan, each in zip(plans, found)]
+
+
+def run(model: str, plans: Sequence[Plan], size: int) -> list[Trace | str]:
+    """What each plan computes. After an error that is no refusal, ranks start anew with the plans that are left."""
+    together: list[Trace | str] = []
+    while left := plans[len(together) :]:
+        by_rank = launch(_run, size, (model, left))
+        for number in range(min(len(each) for each in by_rank)):
+            parts = [each[number] for each in by_rank]
+            reasons = [part for part in parts if isinstance(part, str)]
+            together.append(reasons[0] if reasons else joined([part for part in parts if not isinstance(part, str)]))
+    return together
+
+
+def _run(model: str, plans: Sequence[Plan]) -> list[Trace | str]:
+    found: list[Trace | str] = []
+    for plan in plans:
+        try:
+            found.append(trace_rank(case_of(model), plan))
+        except PlanError as refusal:
+            found.append(f"refused: {refusal}")
+        except (TrainfleetError, RuntimeError) as error:
+            found.append(f"FAILED: {type(error).__name__}: {error}")
+            break  # the other ranks may stand elsewhere
+    return found
+
+
+def verdict_of(model: str, plan: Plan, size: int, found: Trace) -> Verdict:
+    alone = Plan(precision=plan.precision, microbatches=plan.microbatches)
+    reference, *rounded = references(model, plan.data_ranks(size), alone)
+    return compare(reference, found, plan.precision, rounded=rounded)
+
+
+@functools.cache
+def references(model: str, ranks: int, alone: Plan) -> list[Trace]:
+    """What one process computes on the micro-batches of so many ranks; first as it is, then rounded in other ways."""
+    case = reference_case(case_of(model), ranks)[0]
+    with Mesh.from_env(alone) as mesh:
+        first = trace(case, alone, mesh)
+        return [first, *(trace(each, plan, mesh) for each, plan in otherwise_rounded(case, alone))]
+
+
+def degrees(plan: Plan) -> int:
+    """Processes of a plan whose degrees are all given."""
+    return (plan.dp_replicate or 1) * (plan.dp_shard or 1) * plan.tp * plan.cp * plan.pp
+
+
+def spread(**settings: object) -> Plan:
+    """A plan with every degree given: data-parallel ones are 1 unless `dp_replicate` or `dp_shard` says otherwise."""
+    plan = Plan(**settings)  # type: ignore[arg-type]
+    return replace(plan, dp_replicate=plan.dp_replicate or 1, dp_shard=plan.dp_shard or 1)
