@@ -8,6 +8,7 @@ from trainfleet.checkpoint.arrays import num_bytes
 from trainfleet.checkpoint.catalog import open_place
 from trainfleet.checkpoint.checkpointer import Checkpointer
 from trainfleet.checkpoint.foreign import ForeignArray, ForeignPiece, is_foreign, open_foreign
+from trainfleet.checkpoint.foreign.hub import folder_of_hub, is_of_hub
 from trainfleet.checkpoint.foreign.pieces import state_tree
 from trainfleet.checkpoint.loading import Loading, refuse_misfits
 from trainfleet.checkpoint.shard import Index, StoredPiece
@@ -25,10 +26,13 @@ _REMEDY = (
 def load_weights(place: str, model: Stateful, *, group: Group | None = None, cast: bool = False) -> None:
     """Load the state `model` of what is at `place` into `model`; all ranks of `group` call it.
 
-    A run folder, a folder of checkpoints, one step of it, a store's URL; or what `open_foreign` reads: safetensors,
-    a file of torch.save, a distributed checkpoint. CheckpointError, with `model` left as it was, if it is damaged or
-    does not fit. `cast` takes floats of another dtype, rounded.
+    A run folder, a folder of checkpoints, one step of it, a store's URL; what `open_foreign` reads: safetensors, a
+    file of torch.save, a distributed checkpoint; or `hf:NAME` of the Hugging Face hub. CheckpointError, with `model`
+    left as it was, if it is damaged or does not fit. `cast` takes floats of another dtype, rounded.
     """
+    if is_of_hub(place):
+        _load_foreign(folder_of_hub(place), model, group, cast)
+        return
     if "://" not in place and is_foreign(Path(place).expanduser()):
         _load_foreign(Path(place).expanduser(), model, group, cast)
         return

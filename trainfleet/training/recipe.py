@@ -25,8 +25,8 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
     init_from: str | None = None
-    """Weights, and nothing else, that the run begins with: a run folder, a checkpoint, safetensors, a torch.save file
-    or a distributed checkpoint."""
+    """Weights, and nothing else, that the run begins with: a run folder, a checkpoint, safetensors, a torch.save file,
+    a distributed checkpoint, or hf:NAME of the Hugging Face hub."""
     deferred: bool = False
     """Build on the meta device, so that no host ever holds the whole model. The numbers are the same."""
 
