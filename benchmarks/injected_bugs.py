@@ -1,0 +1,78 @@
+"""Classic silent bugs, planted one at a time: what verify says of each, and of the same plans without a bug.
+
+Nothing of these raises an error, and the loss falls with each of them. A bug is found at the right tensor where the
+first one to differ is the first that the bug changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from measuring.table import RESULTS, Report, Table
+from proof.bugs import BUGS, Bug
+from proof.models import case_of
+from proof.running import degrees, verdict_of
+
+from trainfleet import launch
+from trainfleet.training.verdict import Trace, Verdict, joined
+from trainfleet.training.verify import trace_rank
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only to see that it runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="bugs whose name has this in it")
+    options = parser.parse_args()
+    numbers = [number for number, bug in enumerate(BUGS) if options.only in bug.name][: 2 if options.quick else None]
+    rows: list[list[str | float | None]] = []
+    found_right = false_alarms = 0
+    clean: dict[tuple[str, str], Verdict] = {}
+    for number in numbers:
+        bug = BUGS[number]
+        verdict = verdict_with(bug, number)
+        first = verdict.first.tensor if verdict.first is not None else "nothing"
+        is_right = re.match(bug.at, first) is not None
+        found_right += is_right
+        key = (bug.model, str(bug.plan))
+        if key not in clean:
+            clean[key] = verdict_with(bug, None)
+            false_alarms += not clean[key].holds
+        deviation = f"{verdict.first.deviation:.1e}" if verdict.first is not None else None
+        said = "" if is_right else f" (NOT at {bug.at})"
+        rows.append(
+            [bug.name, f"{bug.model}, {bug.plan}", first + said, deviation, "holds" if clean[key].holds else "?"]
+        )
+        print(rows[-1], flush=True)
+    report = Report(name="injected_bugs", summary=str(__doc__))
+    report.add(
+        Table(
+            title="What verify says first",
+            columns=["bug", "plan", "first tensor to differ", "by", "without the bug"],
+            rows=rows,
+            notes=[
+                f"{found_right} of {len(numbers)} bugs are found at the right tensor; {false_alarms} false alarms in "
+                f"{len(clean)} plans without a bug (benchmarks/results/parity.md has all plans)."
+            ],
+        )
+    )
+    report.write(options.results)
+
+
+def verdict_with(bug: Bug, number: int | None) -> Verdict:
+    """Of the bug's plan, with it planted, or without."""
+    size = degrees(bug.plan)
+    found = joined(launch(_run, size, (number, bug.model, bug.plan)))
+    return verdict_of(bug.model, bug.plan, size, found)
+
+
+def _run(number: int | None, model: str, plan: object) -> Trace:
+    if number is not None:
+        BUGS[number].plant()
+    return trace_rank(case_of(model), plan)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
