@@ -61,5 +61,11 @@ def test_programs_get_json_without_infinity(verify):
 
 
 def test_an_impossible_plan_is_refused_before_anything_runs(verify):
-    asked, code, _ = verify(Verdict(compared=0, first=None, largest=FINE), "plan.zero=3", "plan.dp_shard=4")
+    asked, code, _ = verify(Verdict(compared=0, first=None, largest=FINE), "plan.zero=3", "plan.dp_shard=4", "--nproc", "2")
     assert code == 3 and asked == []
+
+
+def test_a_plan_gets_as_many_processes_as_it_needs(verify):
+    for wanted, processes in ((["plan.tp=2", "plan.pp=2"], 4), (["plan.zero=3", "plan.dp_shard=4"], 4), ([], 2)):
+        asked, _, _ = verify(Verdict(compared=9, first=None, largest=FINE), *wanted)
+        assert asked[0][2] == processes

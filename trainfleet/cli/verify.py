@@ -17,7 +17,9 @@ def verify(
     overrides: list[str] | None = typer.Argument(
         None, help="Values that beat all others, such as plan.zero=3.", metavar="[SECTION.KEY=VALUE]..."
     ),
-    nproc: int = typer.Option(2, "--nproc", help="Processes of the plan.", min=1),
+    nproc: int | None = typer.Option(
+        None, "--nproc", help="Processes of the plan.  [default: as few as it needs, at least 2]", min=1
+    ),
     steps: int = typer.Option(3, "--steps", help="Optimizer steps to compare.", min=1),
     as_json: bool = typer.Option(False, "--json", help="For programs."),
 ) -> None:
@@ -34,6 +36,7 @@ def verify(
     settings = load_config(Recipe, file=recipe, overrides=overrides or []).value
     make_importable(recipe.parent)
     log.setup("debug" if context.obj else "warning")
+    nproc = nproc or settings.plan.fewest_ranks()
     plan = settings.plan.for_world(nproc)
     verdict = proof.verify_recipe(settings, nproc, steps=steps)
     if as_json:
