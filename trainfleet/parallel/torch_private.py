@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -30,6 +32,7 @@ from torch.utils.checkpoint import _StopRecomputationError as EnoughRecomputed
 
 __all__ = [
     "DATA_DEPENDENT",
+    "UNSEEN_OPERATORS",
     "EnoughRecomputed",
     "FakeTensor",
     "FakeTensorMode",
@@ -51,11 +54,14 @@ __all__ = [
     "reduce_unused_gradients",
     "torch_schedule",
     "with_local",
+    "without_numbers",
     "without_torch_functions",
 ]
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 """What torch raises where the numbers of a tensor are asked for that has none."""
+UNSEEN_OPERATORS = (UnsupportedFakeTensorException, UnsupportedOperatorException)
+"""What it raises where an operator does not say what it would give."""
 
 
 def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
@@ -191,6 +197,22 @@ def torch_schedule(
         flat = [inner for action in actions for inner in (getattr(action, "sub_actions", None) or (action,))]
         rows.append([(each.computation_type.value, each.stage_index, each.microbatch_index) for each in flat])
     return rows
+
+
+def without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives for tensors without numbers."""
+    if getattr(func, "overloadpacket", None) is not getattr(torch.ops.aten, "_grouped_mm", None):
+        return func(*args, **kwargs)
+    # The CPU has products of groups in float32 too, but torch 2.13 says for bfloat16 alone what they would give.
+    a, b = args[:2]
+    groups = kwargs.get("offs", args[2] if len(args) > 2 else None)
+    shape = {
+        (2, 2): (groups.shape[0] if groups is not None else 0, a.shape[0], b.shape[-1]),
+        (2, 3): (a.shape[0], b.shape[-1]),
+        (3, 2): (a.shape[-2], b.shape[-1]),
+        (3, 3): (a.shape[0], a.shape[-2], b.shape[-1]),
+    }[a.ndim, b.ndim]
+    return a.new_empty(shape, dtype=kwargs.get("out_dtype") or a.dtype)
 
 
 class Leaving(list[Tensor]):

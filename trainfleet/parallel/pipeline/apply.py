@@ -44,15 +44,15 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     count = plan.pp * stages_per_rank(plan)
     leaves = leaf_names(model, blocks, plan.stages)
     stop_caching(model)  # keys and values of the past are objects that no stage could hand on
-    regions = [region.name for region in find_regions(model, plan.tp, plan.tp_whole)] if plan.tp > 1 else []
-    _refuse_wide_regions(regions, leaves, plan)
+    whole = _kept_whole(model, leaves, plan) if plan.tp > 1 else ()
+    regions = [region.name for region in find_regions(model, plan.tp, whole)] if plan.tp > 1 else []
     shadow = Shadow(model, mesh.device)
     cast_compute(shadow.model, plan, torch.device(mesh.device).type)
     shadow.watch(leaves)
     shadow.model.train()
     graph = record(shadow, call_with_batch, cut_batch(example, plan.microbatches)[0])
     stages = divide(graph, shadow.model, leaves, count, plan.stages)
-    pipeline = Pipeline(model, shadow, stages, mesh, plan, regions)
+    pipeline = Pipeline(model, shadow, stages, mesh, plan, regions=regions, whole=whole)
     _refuse_untrained(pipeline)
     pipeline.cut()
     if mesh.is_main:
@@ -60,15 +60,17 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     return pipeline
 
 
-def _refuse_wide_regions(regions: Sequence[str], leaves: Sequence[str], plan: Plan) -> None:
-    """PlanError where layers would be split between which a stage may begin."""
-    for name in regions:
-        if not any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves):
-            raise PlanError(
-                f"plan.tp={plan.tp} splits linear layers of {name or 'the model itself'}, between which a stage of the "
-                f"pipeline may begin. Keep them whole (plan.tp_whole=[{name or 'names of its layers'}]), or name it in "
-                "plan.blocks, so that it stays in one stage."
-            )
+def _kept_whole(model: nn.Module, leaves: Sequence[str], plan: Plan) -> tuple[str, ...]:
+    """What tensor parallelism leaves whole: besides plan.tp_whole, layers between which a stage may begin."""
+    wide = [
+        layer
+        for region in find_regions(model, plan.tp, plan.tp_whole)
+        if not any(region.name == leaf or region.name.startswith(f"{leaf}.") for leaf in leaves)
+        for layer in (*region.columns, *region.rows)
+    ]
+    if wide:
+        logger.info("Stages may begin between %s, so plan.tp does not split them.", ", ".join(wide))
+    return (*plan.tp_whole, *wide)
 
 
 def split_stages(pipeline: Pipeline, mesh: Mesh, plan: Plan) -> Split | None:
@@ -77,7 +79,7 @@ def split_stages(pipeline: Pipeline, mesh: Mesh, plan: Plan) -> Split | None:
     if not any(is_held(model, name) for name in pipeline.regions):
         return None
     named = list(model.named_modules())
-    whole = [pattern for pattern in plan.tp_whole if any(is_named(name, each, pattern) for name, each in named)]
+    whole = [pattern for pattern in pipeline.whole if any(is_named(name, each, pattern) for name, each in named)]
     return split_layers(model, mesh.sharding["tp"], whole)
 
 

@@ -32,11 +32,21 @@ class Pipeline:
     """What this rank knows of the whole, beside the stages that it holds."""
 
     def __init__(
-        self, model: nn.Module, shadow: Shadow, stages: Stages, mesh: Mesh, plan: Plan, regions: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        shadow: Shadow,
+        stages: Stages,
+        mesh: Mesh,
+        plan: Plan,
+        *,
+        regions: Sequence[str] = (),
+        whole: Sequence[str] = (),
     ) -> None:
         self.model, self.shadow, self.stages, self.plan = model, shadow, stages, plan
         self.regions = tuple(regions)
         """The modules, of the whole, whose layers are split over tensor-parallel ranks."""
+        self.whole = tuple(whole)
+        """Names or classes of modules that are not."""
         self.group = mesh["pp"]
         self.device = mesh.device
         self.ranks = [rank_of_stage(stage, plan) for stage in range(stages.count)]

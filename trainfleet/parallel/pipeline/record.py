@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from trainfleet.errors import PlanError
 from trainfleet.parallel.pipeline.graph import Graph, Kind, Modes, Named, Node, Value, replaced, signature
 from trainfleet.parallel.pipeline.shadow import Shadow
-from trainfleet.parallel.torch_private import DATA_DEPENDENT, FakeTensor
+from trainfleet.parallel.torch_private import DATA_DEPENDENT, UNSEEN_OPERATORS, FakeTensor, without_numbers
 
 _TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
@@ -48,6 +48,11 @@ def record(shadow: Shadow, run: Callable[[Any, Any], Any], inputs: Any) -> Graph
             f"{_line_of(exc)}: the forward of {type(shadow.model).__name__} depends on the numbers in a tensor, so the "
             "stages of a pipeline cannot know what comes next.",
             hint="Compute with torch.where or masks there, move it into a block or out of the model, or set plan.pp=1.",
+        ) from exc
+    except UNSEEN_OPERATORS as exc:
+        raise PlanError(
+            f"{_line_of(exc)}: an operator does not say what it would give for tensors without numbers, which a "
+            f"pipeline asks each: {exc}. Give it a shape function (trainfleet.kernels does), or set plan.pp to 1."
         ) from exc
     finally:
         shadow.recorder = None
@@ -204,7 +209,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        result = func(*args, **kwargs)
+        result = without_numbers(func, args, kwargs)
         self.is_random = self.is_random or _draws(func, args, kwargs)
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
         if formula is not None:

@@ -64,11 +64,18 @@ class Shadow:
                 module.__dict__["_watched"] = (self, name)
 
 
-@functools.cache
-def _watched(plain: Any) -> Any:
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _watched(plain: type[nn.Module]) -> type[nn.Module]:
+    """A class like `plain` whose calls the recorder hears of; one for each, so that modules alike stay alike."""
+    if plain in _made:
+        return _made[plain]
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         shadow, name = self.__dict__["_watched"]
         inner = functools.partial(plain.__call__, self)
         return inner(*args, **kwargs) if shadow.recorder is None else shadow.recorder.arrive(name, inner, args, kwargs)
 
-    return type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+    _made[plain] = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+    return _made[plain]
