@@ -188,11 +188,23 @@ def test_fsdp_trains_on_its_device_mesh_as_one_process_does(ranks):
             torch.testing.assert_close(weights, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_an_axis_that_torch_models_have_not_yet_is_refused():
+def of_sequences_and_experts():
     from trainfleet.mesh import Mesh
 
-    with pytest.raises(PlanError, match=r"plan\.pp is 2, but torch models.*Set pp to 1"):
-        Mesh.from_env(Plan(pp=2))
+    with Mesh.from_env(Plan(cp=2, zero=1), device="cpu") as mesh:
+        assert mesh.torch.mesh_dim_names == ("dp_replicate", "dp_shard", "cp")
+        assert mesh.sharding.mesh_dim_names == ("dp_replicate", "dp_shard")
+        found = [[mesh.data_axes.size, mesh["cp"].size, mesh.shard_axes.size, mesh.gradient_axes.size]]
+    with Mesh.from_env(Plan(ep=2), device="cpu") as mesh:
+        assert mesh.gradient_axes is mesh.data_axes
+        groups = [mesh["ep"].exchange(mesh.rank), mesh["ep_replicate"].exchange(mesh.rank)]
+    return [*found, groups]
+
+
+def test_sequences_share_shards_and_experts_lie_on_neighbours(ranks):
+    found = ranks(4, of_sequences_and_experts)
+    assert [each[0] for each in found] == [[2, 2, 4, 4]] * 4
+    assert [each[1] for each in found] == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
 
 
 def of_split_layers(plan):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.comm.group import DEADLINE, Group
-from trainfleet.errors import LaunchError, PlanError
+from trainfleet.errors import LaunchError
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Mesh(Axes):
         sharding: DeviceMesh | None = None,
         shard_axes: Group | None = None,
         gradient_axes: Group | None = None,
+        experts: DeviceMesh | None = None,
         owns_process_group: bool,
     ) -> None:
         self.world = world or data_axes
@@ -96,6 +97,8 @@ class Mesh(Axes):
         """The Group over which ZeRO shards: dp_shard x cp, for ranks that share a sequence may share parameters too."""
         self.gradient_axes = gradient_axes or data_axes
         """The Group of all ranks that hold the same parameters, whole or sharded: gradients are averaged over it."""
+        self.experts = experts
+        """The ranks that see different data on the axes ep_replicate and ep, where plan.ep deals out experts."""
         self._owns_process_group = owns_process_group
 
     @classmethod
@@ -107,7 +110,6 @@ class Mesh(Axes):
         PlanError where the plan does not fit the number of ranks; PeerError where a rank did not come in time.
         """
         plan = plan or Plan()
-        _refuse_unbuilt(plan)
         import torch.distributed as dist
 
         from trainfleet.comm.torch_group import TorchGroup, init_process_group
@@ -132,6 +134,12 @@ class Mesh(Axes):
             folded = {axis: degree * (plan.cp if axis == "dp_shard" else 1) for axis, degree in axes.items()}
             del folded["cp"]
             sharding, of_gradients = _device_mesh(device_type, folded, timeout)
+        groups: dict[str, Group] = {name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes}
+        experts = None
+        if plan.ep > 1:
+            of_experts = {"ep_replicate": plan.data_ranks(environment.world_size) // plan.ep, "ep": plan.ep}
+            experts, _ = _device_mesh(device_type, of_experts, timeout)
+            groups |= {name: TorchGroup(experts.get_group(name), name=name) for name in of_experts}
         world = dist.group.WORLD
         assert world is not None
         return cls(
@@ -140,12 +148,13 @@ class Mesh(Axes):
             local_rank=environment.local_rank,
             device=device,
             torch=device_mesh,
-            groups={name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes},
+            groups=groups,
             data_axes=TorchGroup(of_data, name=" x ".join(DATA_AXES)),
             world=TorchGroup(world, name="world") if len(axes) > len(DATA_AXES) else None,
             sharding=sharding,
             shard_axes=TorchGroup(sharding.get_group("dp_shard"), name="dp_shard x cp") if plan.cp > 1 else None,
             gradient_axes=TorchGroup(of_gradients, name="dp_replicate x dp_shard x cp") if plan.cp > 1 else None,
+            experts=experts,
             owns_process_group=owns,
         )
 
@@ -169,15 +178,6 @@ class Mesh(Axes):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _refuse_unbuilt(plan: Plan) -> None:
-    for axis in ("ep",):
-        if getattr(plan, axis) > 1:
-            raise PlanError(
-                f"plan.{axis} is {getattr(plan, axis)}, but torch models are spread over data-parallel and "
-                f"tensor-parallel ranks only so far. Set {axis} to 1."
-            )
 
 
 def _environment_of_process_group() -> RankEnvironment:
@@ -236,7 +236,7 @@ def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> 
         rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]
         groups = [_own_group(ranks_of_groups, timeout) for ranks_of_groups in rows]
         mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
-        of_data = [list(axes).index(axis) for axis in DATA_AXES]
+        of_data = [list(axes).index(axis) for axis in (DATA_AXES if "dp_shard" in axes else axes)]
         together = ranks.movedim(of_data, [-2, -1]).flatten(-2)
         data_ranks = together.reshape(-1, together.shape[-1]).tolist()
         same = next((group for group, row in zip(groups, rows) if sorted(row) == sorted(data_ranks)), None)

@@ -149,6 +149,8 @@ class Plan:
             self._refuse_of_deepspeed()
         if self.cp > 1:
             self._refuse_of_context()
+        if self.ep > 1:
+            self._refuse_of_experts()
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "
@@ -180,6 +182,25 @@ class Plan:
             raise PlanError(
                 f"plan.compile is set with plan.cp = {self.cp}; split sequences are not compiled yet. "
                 "Leave one of them out."
+            )
+
+    def _refuse_of_experts(self) -> None:
+        for name in MODEL_AXES:
+            if getattr(self, name) > 1:
+                raise PlanError(
+                    f"plan.ep is {self.ep} with plan.{name} = {getattr(self, name)}; experts are dealt out over "
+                    f"ranks that see different data, and not beside {name} yet. Set one of "
+                    "them to 1; ep goes with data parallelism and zero."
+                )
+        if self.compile:
+            raise PlanError(
+                f"plan.compile is set with plan.ep = {self.ep}; tokens that travel are not compiled yet. "
+                "Leave one of them out."
+            )
+        if self.offload == "parameters":
+            raise PlanError(
+                f"plan.offload is 'parameters' with plan.ep = {self.ep}; experts stay on their device. "
+                "Offload 'optimizer', or set ep to 1."
             )
 
     def _refuse_of_pipeline(self) -> None:

@@ -141,7 +141,7 @@ def test_one_rank_sends_nothing() -> None:
 def test_buckets_go_from_the_last_parameter_to_the_first() -> None:
     kinds = ((300_000, torch.float32), (3, torch.float64), (4, torch.float32), (300_000, torch.float32))
     parameters = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in kinds]
-    buckets = [bucket.parameters for bucket in replicate._buckets(parameters)]
+    buckets = [bucket.parameters for bucket in replicate._buckets(parameters, Alone())]
     assert [len(bucket) for bucket in buckets] == [1, 2, 1]
     assert buckets[0][0] is parameters[3] and buckets[1][0] is parameters[2] and buckets[1][1] is parameters[0]
     assert buckets[2][0] is parameters[1]

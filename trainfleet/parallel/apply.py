@@ -18,6 +18,7 @@ from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.context import split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
+from trainfleet.parallel.experts import split_experts
 from trainfleet.parallel.pipeline import deal_out, split_stages
 from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
@@ -59,6 +60,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         split = split_stages(pipeline, mesh, plan) if plan.tp > 1 else None
     else:
         split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
+    if mesh.experts is not None:
+        split_experts(model, mesh.experts)
     context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
@@ -82,7 +85,12 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if split is not None:
         settle_gradients(model)
     averaged = whole_parameters(model) if is_native else []
-    average = GradientAverage(averaged, mesh.gradient_axes, overlap=sharded is None)
+    average = GradientAverage(
+        averaged,
+        mesh.gradient_axes,
+        overlap=sharded is None and mesh.experts is None,
+        expert_group=mesh["ep_replicate"] if mesh.experts is not None else None,
+    )
     spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split, pipeline=pipeline)
     spread.context = context
     attach(model, spread)
@@ -151,8 +159,9 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"{name} has no parameter that requires a gradient, so there is nothing to train.")
     wanted = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard, "tp": plan.tp, "cp": plan.cp, "pp": plan.pp}
-    if unlike := [axis for axis, degree in wanted.items() if mesh.plan_axes.get(axis, 1) != degree]:
-        made = mesh.plan_axes.get(unlike[0], 1)
+    wanted["ep"], made_axes = plan.ep, {**mesh.plan_axes, "ep": mesh["ep"].size if mesh.experts is not None else 1}
+    if unlike := [axis for axis, degree in wanted.items() if made_axes.get(axis, 1) != degree]:
+        made = made_axes.get(unlike[0], 1)
         raise PlanError(
             f"The plan wants {unlike[0]}={wanted[unlike[0]]}, but the mesh was made with {made}. "
             "Make both from one plan: Mesh.from_env(plan)."

@@ -21,12 +21,23 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return sharded + whole
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: Group, tensor_group: Group | None = None) -> Tensor:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter],
+    shard_group: Group,
+    tensor_group: Group | None = None,
+    expert_group: Group | None = None,
+) -> Tensor:
     """The Euclidean norm of all gradients, the same float64 scalar on every rank; inf or nan if any element is.
 
-    Squares of sharded gradients are summed over `shard_group`, of split layers over `tensor_group` too; whole ones,
-    equal on all ranks, count once.
+    Squares of sharded gradients are summed over `shard_group`, of split layers over `tensor_group` too, of
+    experts that are dealt out over `expert_group`; whole ones, equal on all ranks, count once.
     """
+    if expert_group is not None:
+        parameters = list(parameters)
+        dealt_out = norm_of_pieces(local_gradients(p for p in parameters if is_split_over(p, "ep")), expert_group)
+        others = [p for p in parameters if not is_split_over(p, "ep")]
+        norm = gradient_norm(others, shard_group, tensor_group)
+        return torch.hypot(norm, dealt_out.to(norm.device))
     if tensor_group is not None:
         parameters = list(parameters)
         split = [p for p in parameters if is_split_over(p, "tp")]

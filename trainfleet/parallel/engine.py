@@ -215,7 +215,8 @@ class NativeEngine:
 
     def _measure_norm(self) -> Tensor:
         tensor_group = self.mesh["tp"] if self.plan.tp > 1 else None
-        return gradient_norm(self._usage.parameters, self.mesh.shard_axes, tensor_group)
+        expert_group = self.mesh["ep"] if self.plan.ep > 1 else None
+        return gradient_norm(self._usage.parameters, self.mesh.shard_axes, tensor_group, expert_group)
 
     def step(self) -> bool:
         if self._scaler is not None:

@@ -11,9 +11,12 @@ _OF_DATA = "dp_shard"
 def axes_of(tensor: Tensor) -> tuple[str, ...]:
     """The axes that `tensor` lies on, split or copied; none where it is no DTensor.
 
-    What lies on dp_shard lies on cp too, for that axis of `mesh.sharding` holds the ranks of both.
+    What lies on dp_shard lies on cp too, for that axis of `mesh.sharding` holds the ranks of both. The axes of experts
+    that are dealt out, ep_replicate and ep, hold the ranks of dp_replicate and dp_shard.
     """
     names = tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+    if "ep" in names:
+        return (*names, "dp_replicate", _OF_DATA)
     return (*names, "cp") if _OF_DATA in names else names
 
 
@@ -28,4 +31,4 @@ def is_split_over(tensor: Tensor, axis: str) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is in the care of FSDP2, which gathers it and scatters its gradient over data-parallel ranks."""
-    return _OF_DATA in axes_of(tensor)
+    return isinstance(tensor, DTensor) and _OF_DATA in (tensor.device_mesh.mesh_dim_names or ())

@@ -58,11 +58,14 @@ def check_replicas(model: nn.Module) -> None:
     named = dict(model.named_parameters())
     pieces = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in named.items()}
     sharded = {name: piece for name, piece in pieces.items() if is_sharded(named[name])}
-    whole = {name: piece for name, piece in pieces.items() if name not in sharded}
+    experts = {name: piece for name, piece in pieces.items() if is_split_over(named[name], "ep")}
+    whole = {name: piece for name, piece in pieces.items() if name not in sharded and name not in experts}
     found = [
         _difference(whole, mesh.gradient_axes, mesh.rank),
         _difference(sharded, mesh["dp_replicate"], mesh.rank),
     ]
+    if mesh.experts is not None:
+        found.append(_difference(experts, mesh["ep_replicate"], mesh.rank))
     if "tp" in mesh.plan_axes:
         copied = {name: piece for name, piece in pieces.items() if not is_split_over(named[name], "tp")}
         found.append(_difference(copied, mesh["tp"], mesh.rank))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group, Work
 from trainfleet.errors import PlanError
+from trainfleet.parallel.layout import is_split_over
 from trainfleet.parallel.torch_private import with_local
 
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel uses; the first bucket is small so that it leaves early
@@ -34,8 +35,9 @@ def refuse_sparse_gradients(model: nn.Module) -> None:
 class Bucket:
     """Parameters of one dtype whose gradients travel together."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Group) -> None:
         self.parameters = list(parameters)
+        self._group = group
         self.ready: set[nn.Parameter] = set()
         self.work: Work | None = None
         self.flat: Tensor | None = None
@@ -44,10 +46,10 @@ class Bucket:
     def is_full(self) -> bool:
         return len(self.ready) == len(self.parameters)
 
-    def launch(self, group: Group) -> None:
+    def launch(self) -> None:
         """Send the mean of all ranks' gradients; a gradient that this rank lacks counts as zero."""
         self.flat = torch.cat([_flat_gradient(parameter) for parameter in self.parameters])
-        self.work = group.all_reduce_(self.flat, op="mean")
+        self.work = self._group.all_reduce_(self.flat, op="mean")
 
     def finish(self) -> None:
         """Wait, and let each gradient be its part of the bucket."""
@@ -69,14 +71,25 @@ class GradientAverage:
     share the wire: a rank that skips a parameter sends later than others, and all must send in one order.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: Group, *, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        group: Group,
+        *,
+        overlap: bool = True,
+        expert_group: Group | None = None,
+    ) -> None:
+        """`expert_group` are the ranks that hold the same of the experts that are dealt out."""
         self.enabled = True
         """False while micro-batches accumulate."""
         self._due = False  # an exchange has begun, or must take place, and is not finished
         self._is_expected = False  # somebody will call `finish`, so backward need not wait
-        self._group = group
         self._overlap = overlap
-        self._buckets = _buckets(list(parameters)) if group.size > 1 else []
+        experts = [parameter for parameter in parameters if is_split_over(parameter, "ep")]
+        others = [parameter for parameter in parameters if not is_split_over(parameter, "ep")]
+        self._buckets = _buckets(others, group) if group.size > 1 else []
+        if expert_group is not None and expert_group.size > 1:
+            self._buckets += _buckets(experts, expert_group)
         self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._launched = 0
         for parameter in self._bucket_of:
@@ -98,7 +111,7 @@ class GradientAverage:
         self._bucket_of[parameter].ready.add(parameter)
         # Every rank must launch in the same order, so a full bucket waits for those before it.
         while self._overlap and self._launched < len(self._buckets) and self._buckets[self._launched].is_full:
-            self._buckets[self._launched].launch(self._group)
+            self._buckets[self._launched].launch()
             self._launched += 1
 
     def _end_backward(self) -> None:
@@ -110,7 +123,7 @@ class GradientAverage:
         """Send what is still here. Until `finish`, gradients are those of this rank alone."""
         if self._due:
             for bucket in self._buckets[self._launched :]:
-                bucket.launch(self._group)
+                bucket.launch()
             self._launched = len(self._buckets)
 
     def forget(self) -> None:
@@ -146,7 +159,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _buckets(parameters: list[nn.Parameter]) -> list[Bucket]:
+def _buckets(parameters: list[nn.Parameter], group: Group) -> list[Bucket]:
     """Backward reaches the last parameters first, so buckets go from the last to the first."""
     buckets: list[Bucket] = []
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -156,7 +169,7 @@ def _buckets(parameters: list[nn.Parameter]) -> list[Bucket]:
         held.append(parameter)
         size[parameter.dtype] = size.get(parameter.dtype, 0) + parameter.numel() * parameter.element_size()
         if size[parameter.dtype] >= (BUCKET_BYTES if buckets else FIRST_BUCKET_BYTES):
-            buckets.append(Bucket(held))
+            buckets.append(Bucket(held, group))
             by_dtype[parameter.dtype], size[parameter.dtype] = [], 0
-    buckets.extend(Bucket(held) for held in by_dtype.values() if held)
+    buckets.extend(Bucket(held, group) for held in by_dtype.values() if held)
     return buckets

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from trainfleet.parallel.layout import is_split_over
 from trainfleet.parallel.replicate import BUCKET_BYTES
 from trainfleet.parallel.torch_private import reduce_unused_gradients
 from trainfleet.plan import Plan
@@ -44,7 +45,7 @@ def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, plan: 
     What FSDP2 cannot hold stays whole on every rank, and the caller averages its gradients: see
     `unshardable_parameters`; and what only units share with one another.
     """
-    odd = unshardable_parameters(model)
+    odd = unshardable_parameters(model) | {p for p in model.parameters() if is_split_over(p, "ep")}
     tied = shared_parameters(model, units)
     offload = (
         CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if plan.offload == "parameters" else OffloadPolicy()

@@ -73,7 +73,9 @@ class Usage:
         return torch.tensor(used, dtype=torch.float64, device=device)
 
     def drop_unused(self, counts: list[float]) -> None:
-        """Take away the gradients of parameters that no rank used."""
+        """Take away the gradients of parameters that no rank used; of experts that only others used, make them zero."""
         for parameter, count in zip(self.parameters, counts):
             if count == 0:
                 parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
