@@ -9,9 +9,10 @@ from pathlib import Path
 from loops.setting import CLIP_NORM, Batch, Step, mean_loss, optimizer_for
 from torch import nn
 
-from trainfleet import Checkpointer, Mesh, NativeEngine, Plan, Trainer, open_store, parallelize
+from trainfleet import Checkpointer, Mesh, Plan, Trainer, open_store, parallelize
 from trainfleet.events import Event, StepEnded
 from trainfleet.monitor import MonitorConfig, RunFolder, observers_for
+from trainfleet.parallel import make_engine
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.schedule import ScheduleConfig
 
@@ -33,7 +34,7 @@ class InEngine:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model = parallelize(model, Mesh.from_env(plan, device="cpu"), plan)
         self.optimizer = optimizer_for(self.model)
-        self.engine = NativeEngine(self.model, self.optimizer, mean_loss)
+        self.engine = make_engine(self.model, self.optimizer, mean_loss)
 
     def run(self, steps: Sequence[Step]) -> list[float]:
         losses = []

@@ -74,6 +74,16 @@ def test_the_fused_loss_is_timed_beside_the_plain_one(tmp_path: Path) -> None:
     assert all(float(row[-1]) > 0 for row in table["rows"])
 
 
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_our_stages_are_compared_with_those_of_deepspeed(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is what it compares with")
+    times, memory = tables("beside_deepspeed", tmp_path)
+    assert [row[0] for row in times["rows"]] == [stage for stage in "123" for _ in range(4)]
+    assert all(float(row[-1]) < 1e-4 for row in times["rows"])
+    assert [row[1] for row in memory["rows"]] == ["DeepSpeed", "trainfleet"] * 3
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 

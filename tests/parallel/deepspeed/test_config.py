@@ -89,6 +89,7 @@ def test_deepspeed_hears_the_plan_and_the_rest_of_the_file(tmp_path: Path) -> No
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert (zero["stage3_param_persistence_threshold"], zero["reduce_bucket_size"]) == (10, 1000)
     assert "auto" not in json.dumps(told)
+    assert settings(Plan(engine="deepspeed", zero=1), 77)["zero_optimization"]["reduce_bucket_size"] == 77
     assert told["wall_clock_breakdown"] is False
     assert told["gradient_clipping"] == 0.0  # the engine clips, by the norm of all ranks
     assert not {"fp16", "bf16", "optimizer"} & set(told)

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 """In files written for other launchers: whoever reads them knows the value."""
 
+MOST_IN_A_BUCKET = 500_000_000
+"""Elements that DeepSpeed by itself takes memory for in each bucket, 2 GB, however small the model."""
+
 OURS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -54,8 +57,8 @@ ELSEWHERE = {
 """Keys of what is not DeepSpeed's here, with what to do instead."""
 
 
-def settings(plan: Plan) -> dict[str, Any]:
-    """The dictionary that DeepSpeed gets for `plan`, with whatever else its file says.
+def settings(plan: Plan, num_elements: int = MOST_IN_A_BUCKET) -> dict[str, Any]:
+    """The dictionary that DeepSpeed gets for `plan` and a model of `num_elements`, with what else its file says.
 
     Precision, loss scale, clipping and accumulation are not in it: they are done around DeepSpeed, with the numbers of
     every other engine. So it always trains float32 parameters, of which plan.precision computes with narrow casts.
@@ -63,6 +66,9 @@ def settings(plan: Plan) -> dict[str, Any]:
     given = read(plan.deepspeed_config) if plan.deepspeed_config else {}
     zero = {name: value for name, value in given.pop("zero_optimization", {}).items() if value != AUTO}
     zero["stage"] = plan.zero
+    if plan.zero:
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            zero.setdefault(name, min(num_elements, MOST_IN_A_BUCKET))
     if plan.offload == "none":
         zero.pop("offload_optimizer", None)
         zero.pop("offload_param", None)

@@ -75,7 +75,8 @@ class DeepSpeedEngine:
         self.scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
         self.divisor: float | None = None
         """What each rank divides its totals by before backward, to keep gradients in range; it changes no result."""
-        self._deepspeed = library.initialize(model, optimizer, settings(self.plan), self.mesh)
+        num_elements = sum(parameter.numel() for parameter in model.parameters())
+        self._deepspeed = library.initialize(model, optimizer, settings(self.plan, num_elements), self.mesh)
         self._zero = self._deepspeed.optimizer if self.plan.zero else None
         self._fragments = fragments(self._zero, self.plan.zero, self.mesh.data_axes) if self._zero else {}
         self._factor = 1.0
