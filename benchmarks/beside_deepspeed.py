@@ -95,8 +95,8 @@ def memory_of(answers: list[dict[str, Any]]) -> Table:
         columns=["stage", "loop", "moment", "all", "of it other", "after the step", "ratio of all"],
         rows=rows,
         notes=[
-            "Other than parameters, gradients and optimizer state: activations of one micro-batch, buckets (DeepSpeed's "
-            "are of 4 MiB here, of 2 GB by default), and flat copies that a library keeps."
+            "Other than parameters, gradients and state: activations of one micro-batch, buckets (those of DeepSpeed "
+            "have 4 MiB here, and 2 GB by default), and flat copies that a library keeps."
         ],
     )
 

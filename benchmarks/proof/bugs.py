@@ -120,7 +120,7 @@ def decayed_twice() -> None:
             with torch.no_grad():
                 for group in self.param_groups:
                     for parameter in group["params"]:
-                        parameter.mul_(1 - group["lr"] * 0.01)
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
             return step(self, *args)
 
         return twice
@@ -162,7 +162,7 @@ def missing_sum_of_a_row() -> None:
 def own_masks_of_pieces() -> None:
     from trainfleet.parallel.tensor import region
 
-    def own(mesh: Any, whole: Any, input: DTensor, p: float = 0.5, training: bool = True, *args: Any) -> Any:
+    def own(mesh: Any, whole: Any, input: DTensor, p: float = 0.5, training: bool = True, **others: Any) -> Any:
         rank = mesh.get_local_rank()
         local = input.to_local()
         with torch.random.fork_rng():

@@ -93,4 +93,4 @@ def loss(output: Any, batch: Batch) -> LossSum:
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -83,6 +83,11 @@ def test_own_kernel_agrees_with_its_twin_and_trains(tmp_path: Path) -> None:
     assert "6 tensors agree with the twin" in said and "reason='finished'" in said
 
 
+@pytest.mark.matrix
+def test_plans_are_proven_in_a_test_suite(tmp_path: Path) -> None:
+    assert run(python("prove.py"), tmp_path).count("The plan computes what one process computes") == 2
+
+
 def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> None:
     said = run(python("export.py"), tmp_path)
     right = re.search(r"(\d+)% of the held-out digits", said)
