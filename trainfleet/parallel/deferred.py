@@ -247,6 +247,12 @@ def without_recording(model: nn.Module) -> dict[int, None]:
     return {id(module.__dict__[_ATTRIBUTE]): None for module in model.modules() if _ATTRIBUTE in module.__dict__}
 
 
+def forget_recording(model: nn.Module) -> None:
+    """A copy made so waits for nothing."""
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+
+
 def follow(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """From now on, what a deferred `model` fills in `old` goes into `new`, which has taken its place."""
     for module in model.modules():

@@ -25,7 +25,7 @@ from trainfleet.parallel.pipeline.graph import Graph, Kind, Modes, Named, Node, 
 from trainfleet.parallel.pipeline.shadow import Shadow
 from trainfleet.parallel.torch_private import DATA_DEPENDENT, UNSEEN_OPERATORS, FakeTensor, without_numbers
 
-_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 
 
 def record(shadow: Shadow, run: Callable[[Any, Any], Any], inputs: Any) -> Graph:

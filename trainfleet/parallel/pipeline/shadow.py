@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from trainfleet.batch import map_arrays
 from trainfleet.errors import PlanError
-from trainfleet.parallel.deferred import without_recording
+from trainfleet.parallel.deferred import forget_recording, without_recording
 from trainfleet.parallel.torch_private import FakeTensorMode
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Shadow:
                 f"{type(model).__name__} cannot be copied, which a pipeline needs to see what its parts hand on: "
                 f"{exc}. Keep what cannot be copied out of the model, or set plan.pp to 1."
             ) from exc
+        forget_recording(self.model)
 
     def _twin(self, tensor: Tensor) -> Tensor:
         with self.fake:
