@@ -37,10 +37,6 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
             f"plan.pp is {plan.pp}, and a pipeline must see what its stages hand on. Give a micro-batch: "
             "parallelize(model, mesh, plan, example=batch)."
         )
-    if plan.cp > 1:
-        raise PlanError(
-            f"plan.pp is {plan.pp} and plan.cp {plan.cp}, but stages hand on whole sequences. Set one to 1."
-        )
     count = plan.pp * stages_per_rank(plan)
     leaves = leaf_names(model, blocks, plan.stages)
     stop_caching(model)  # keys and values of the past are objects that no stage could hand on
