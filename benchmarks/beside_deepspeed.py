@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model and few steps, only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--no-rivals", action="store_true", help="nothing is left to compare then, so nothing is done")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -110,7 +110,7 @@ def on_rank(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     setting = Setting(width=160, depth=3, samples=4, length=256, accumulation=ACCUMULATION)
-    block, rounds = 10, options.rounds
+    block, rounds = 8, options.rounds
     if options.quick:
         setting = Setting(width=32, depth=2, samples=1, length=16, accumulation=ACCUMULATION)
         block, rounds = 3, 2
