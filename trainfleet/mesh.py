@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 DATA_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks see different data."""
 
+EXPERT_AXES = ("ep_replicate", "ep")
+"""The same ranks where experts are dealt out: the first axis holds those with equal experts."""
+
 # Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
 _made: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[DeviceMesh, ProcessGroup]] = {}
 _made_over: ProcessGroup | None = None
@@ -137,9 +140,11 @@ class Mesh(Axes):
         groups: dict[str, Group] = {name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes}
         experts = None
         if plan.ep > 1:
-            of_experts = {"ep_replicate": plan.data_ranks(environment.world_size) // plan.ep, "ep": plan.ep}
-            experts, _ = _device_mesh(device_type, of_experts, timeout)
-            groups |= {name: TorchGroup(experts.get_group(name), name=name) for name in of_experts}
+            replicas = plan.data_ranks(environment.world_size) // plan.ep
+            others = {axis: degree for axis, degree in axes.items() if axis not in DATA_AXES}
+            whole, _ = _device_mesh(device_type, dict(zip(EXPERT_AXES, (replicas, plan.ep))) | others, timeout)
+            experts = whole[EXPERT_AXES]
+            groups |= {name: TorchGroup(whole.get_group(name), name=name) for name in EXPERT_AXES}
         world = dist.group.WORLD
         assert world is not None
         return cls(
@@ -236,7 +241,7 @@ def _device_mesh(device_type: str, axes: dict[str, int], timeout: timedelta) -> 
         rows = [ranks.movedim(dim, -1).reshape(-1, degree).tolist() for dim, degree in enumerate(degrees)]
         groups = [_own_group(ranks_of_groups, timeout) for ranks_of_groups in rows]
         mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
-        of_data = [list(axes).index(axis) for axis in (DATA_AXES if "dp_shard" in axes else axes)]
+        of_data = [list(axes).index(axis) for axis in (DATA_AXES if "dp_shard" in axes else EXPERT_AXES)]
         together = ranks.movedim(of_data, [-2, -1]).flatten(-2)
         data_ranks = together.reshape(-1, together.shape[-1]).tolist()
         same = next((group for group, row in zip(groups, rows) if sorted(row) == sorted(data_ranks)), None)

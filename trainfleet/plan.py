@@ -185,12 +185,12 @@ class Plan:
             )
 
     def _refuse_of_experts(self) -> None:
-        for name in MODEL_AXES:
+        for name in ("cp", "pp"):
             if getattr(self, name) > 1:
                 raise PlanError(
                     f"plan.ep is {self.ep} with plan.{name} = {getattr(self, name)}; experts are dealt out over "
                     f"ranks that see different data, and not beside {name} yet. Set one of "
-                    "them to 1; ep goes with data parallelism and zero."
+                    "them to 1; ep goes with data parallelism, zero and tp."
                 )
         if self.compile:
             raise PlanError(

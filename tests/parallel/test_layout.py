@@ -28,6 +28,6 @@ def test_split_and_sharded_parameters_are_told_apart(ranks: RankPools) -> None:
     assert split["blocks.0.parts.0.down.weight"] == (("tp",), True, False, False)
     assert split["blocks.0.parts.0.down.bias"] == (("tp",), False, False, False)
     sharded = ranks(4, layouts, Plan(tp=2, zero=3))[0]
-    assert sharded["head.weight"] == (("dp_shard",), False, True, True)
-    assert sharded["blocks.0.parts.0.down.weight"] == (("dp_shard", "tp"), True, True, True)
+    assert sharded["head.weight"] == (("dp_shard", "cp"), False, True, True)
+    assert sharded["blocks.0.parts.0.down.weight"] == (("dp_shard", "tp", "cp"), True, True, True)
     assert not is_split_over(torch.ones(2), "tp")

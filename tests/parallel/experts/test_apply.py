@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,11 +113,33 @@ def test_every_stage_computes_what_one_process_computes(ranks: RankPools, zero: 
     hold(ranks, 4, case_of(1.0), plans)
 
 
+class WithPerceptron(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.perceptron(self.tokens(tokens))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x), balance_loss(self)
+
+
+@pytest.mark.matrix
+def test_split_layers_beside_experts_that_are_dealt_out(ranks: RankPools) -> None:
+    case = replace(case_of(), build=WithPerceptron)
+    expected = plain_trace(case, 2)
+    plans = [Plan(ep=2, tp=2), Plan(ep=2, tp=2, zero=3)]
+    for plan, each in zip(plans, ranks(4, traces, case, plans)[0], strict=True):
+        verdict = compare(expected, each, "fp32")
+        assert verdict.holds, f"{plan}: {verdict}"
+
+
 class Run:
     def __init__(self, plan: Plan, mesh: Mesh, folder: str) -> None:
         torch.manual_seed(0)
         self.mesh = mesh
-        self.model = parallelize(Model(), mesh, plan)
+        self.model = parallelize(WithPerceptron(), mesh, plan)
         self.engine = make_engine(self.model, adamw(self.model), loss)
         self.checkpointer = Checkpointer(FileStore(folder), group=mesh.world)
 
@@ -153,10 +176,17 @@ def loaded(plan: Plan, folder: str) -> dict[str, Any]:
         return found
 
 
-WAYS = [(4, Plan(ep=2), 1, Plan()), (1, Plan(), 2, Plan(ep=2, zero=2)), (2, Plan(ep=2, zero=1), 4, Plan(ep=4))]
+WAYS = [
+    (4, Plan(ep=2, tp=2), 2, Plan(ep=2)),
+    (4, Plan(ep=2), 1, Plan()),
+    (1, Plan(), 2, Plan(ep=2, zero=2)),
+    (2, Plan(ep=2, zero=1), 4, Plan(ep=4)),
+]
 
 
-@pytest.mark.parametrize("way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.matrix) for way in WAYS[1:])])
+@pytest.mark.parametrize(
+    "way", [WAYS[1], *(pytest.param(way, marks=pytest.mark.matrix) for way in (WAYS[0], *WAYS[2:]))]
+)
 def test_saved_under_one_plan_experts_load_under_another_to_the_bit(ranks: RankPools, tmp_path: Any, way: Any) -> None:
     size, plan, other_size, other = way
     expected = ranks(size, saved, plan, str(tmp_path))[0]
@@ -202,7 +232,7 @@ def refused(number: int) -> str:
 def test_what_cannot_be_dealt_out_is_refused(ranks: RankPools) -> None:
     assert "plan.ep=2 does not divide the 3 experts of layer.experts. Use one of 1, 3" in ranks(2, refused, 3)[0]
     assert "Linear has no experts" in ranks(2, refused, 0)[0]
-    for axis in ("tp", "cp", "pp"):
+    for axis in ("cp", "pp"):
         with pytest.raises(PlanError, match=f"plan.ep is 2 with plan.{axis} = 2"):
             Plan(ep=2, **{axis: 2})
     with pytest.raises(PlanError, match=r"plan\.ep=3 does not divide"):

@@ -58,12 +58,12 @@ def test_the_balance_loss_is_one_where_all_experts_have_the_same_work_and_falls_
     assert balance_loss(layer).item() == pytest.approx(1.0, abs=1e-6)
     layer(torch.eye(4)[:1].expand(4, 4))  # all to one
     first = balance_loss(layer)
-    assert float(first) > 3.9
+    assert first.item() > 3.9
     first.backward()
     with torch.no_grad():
         layer.router.weight -= 5 * layer.router.weight.grad
     layer(torch.eye(4)[:1].expand(4, 4))
-    assert float(balance_loss(layer)) < float(first)
+    assert balance_loss(layer).item() < first.item()
 
 
 def test_wrong_numbers_are_refused_and_no_mixture_has_no_balance() -> None:

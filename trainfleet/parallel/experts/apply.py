@@ -46,7 +46,7 @@ def split_experts(model: nn.Module, mesh: DeviceMesh) -> tuple[str, ...]:
     if not experts:
         raise PlanError(
             f"plan.ep is {size}, but {type(model).__name__} has no experts: no module with stacked parameters that "
-            "takes (hidden_states, top_k_index, top_k_weights). Use trainfleet.parallel.MixtureOfExperts, or set ep to 1."
+            "takes (hidden_states, top_k_index, top_k_weights). Use trainfleet.parallel.MixtureOfExperts, or set ep=1."
         )
     for name, module in experts.items():
         number = int(module.num_experts)  # type: ignore[arg-type]
@@ -104,6 +104,11 @@ def _dealt_out(
 
     @functools.wraps(forward)
     def dealt_out(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if isinstance(hidden_states, DTensor):
+            raise PlanError(
+                f"The experts of {type(module).__name__} lie inside a module whose layers plan.tp splits, and plan.ep "
+                "deals them out. Name that module in plan.tp_whole, or set one of tp and ep to 1."
+            )
         with _local_parameters(module):
             return dispatched(forward, hidden_states, top_k_index, top_k_weights, num_experts=num_experts, group=group)
 
