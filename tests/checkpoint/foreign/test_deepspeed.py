@@ -38,7 +38,7 @@ class Run:
     def __init__(self, plan: Plan, mesh: Mesh, folder: Path) -> None:
         torch.manual_seed(0)
         self.group = mesh.data_axes
-        model = parallelize(CASE.build(0), mesh, plan)
+        model = parallelize(CASE.build(0), mesh, plan, example=CASE.micro_batch(0, 0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, betas=(0.8, 0.9))
         self.engine = make_engine(model, optimizer, CASE.loss_fn)
         self.checkpointer = Checkpointer(FileStore(folder / "ours"), group=mesh.world)
@@ -75,9 +75,19 @@ def gone_on_in_deepspeed(zero: int, folder: Path) -> list[float]:
         return [run.step(2), run.step(3)]
 
 
+SPLIT = [
+    (4, Plan(tp=2, zero=2)),
+    pytest.param((8, Plan(tp=2, pp=2, zero=2, microbatches=2)), marks=pytest.mark.matrix),
+]
+
+
 @needs_deepspeed
-def test_deepspeed_goes_on_from_a_checkpoint_of_split_layers(ranks: RankPools, tmp_path: Path) -> None:
-    expected = ranks(4, saved_by_us, Plan(tp=2, zero=2), tmp_path)[0]
+@pytest.mark.parametrize("saved", SPLIT, ids=["layers", "layers and stages"])
+def test_deepspeed_goes_on_from_a_checkpoint_of_split_layers(
+    ranks: RankPools, tmp_path: Path, saved: tuple[int, Plan]
+) -> None:
+    size, plan = saved
+    expected = ranks(size, saved_by_us, plan, tmp_path)[0]
     _, indexes = read_step(FileStore(tmp_path / "ours"), 2)
     with Whole(FileStore(tmp_path / "ours"), indexes) as whole:
         made = write_universal(whole, tmp_path / "theirs", 2)
@@ -113,7 +123,8 @@ def consolidated(folder: Path) -> dict[str, Any]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("zero", [2, 3])
 def test_we_go_on_from_what_deepspeed_saved(ranks: RankPools, tmp_path: Path, zero: int) -> None:
     expected = ranks(2, saved_by_deepspeed, zero, tmp_path)[0]
     source, universal = tmp_path / "theirs" / "two", tmp_path / "theirs" / "two_universal"

@@ -132,7 +132,7 @@ def odd_steps(plan: Plan) -> tuple[list[float], list[float]]:
     return expected, found
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.matrix), 3])
 def test_a_step_that_nobody_takes_leaves_nothing_behind(ranks: RankPools, zero: int) -> None:
     plan = with_deepspeed(zero=zero)
     for expected, found in ranks(2, odd_steps, plan):
