@@ -84,6 +84,17 @@ def test_our_stages_are_compared_with_those_of_deepspeed(tmp_path: Path) -> None
     assert [row[1] for row in memory["rows"]] == ["DeepSpeed", "trainfleet"] * 3
 
 
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_every_schedule_has_its_bubble_beside_the_formula(tmp_path: Path) -> None:
+    (table,) = tables("pipeline_bubble", tmp_path)
+    rows = {row[0]: row for row in table["rows"]}
+    assert len(rows) == 7
+    assert rows["1f1b"][1] == pytest.approx(1 / 5)  # p = 2, m = 4
+    assert rows["looped_bfs"][1] == pytest.approx(1 / 9)
+    assert all(0 < float(row[2].split()[0]) < 1 and row[3] > 0 for row in rows.values())
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 

@@ -7,6 +7,7 @@ added as one process adds them; the loss is taken by the rank of the last stage,
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ class PipelineEngine(NativeEngine):
         super().__init__(*args, **kwargs)
         assert self.spread.pipeline is not None
         self.pipeline: Pipeline = self.spread.pipeline
+        self.waited_seconds = 0.0
+        """How long this rank waited for others in the schedule of the last step: its share of the bubble."""
+        self.schedule_seconds = 0.0
+        """How long that schedule took here."""
         self._orders: dict[int, list[Action]] = {}
         self._splits = self.plan.schedule in SPLITS and self._can_split()
         self._counted = [  # a tied parameter by its first holder
@@ -76,6 +81,7 @@ class PipelineEngine(NativeEngine):
         left = {stage: len(batches) for stage in self.pipeline.held}
         losses: dict[int, Tensor] = {}
         self.spread.average.enabled = False
+        begun = time.perf_counter()
         for action in actions:
             stage, i = action.stage, action.micro_batch
             if action.kind == "F":
@@ -95,6 +101,7 @@ class PipelineEngine(NativeEngine):
             else:
                 flow.exchange(action)
         flow.finish()
+        self.waited_seconds, self.schedule_seconds = flow.waited_seconds, time.perf_counter() - begun
         return self._finish_step(sums, scale)
 
     def _seed_micro_batch(self, i: int) -> None:
