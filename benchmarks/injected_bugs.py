@@ -7,6 +7,7 @@ first one to differ is the first that the bug changes.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from proof.running import degrees, verdict_of
 
 from trainfleet import launch
 from trainfleet.training.verdict import Trace, Verdict, joined
-from trainfleet.training.verify import trace_rank
+from trainfleet.training.verify import Case, trace_rank
 
 
 def main() -> None:
@@ -65,7 +66,12 @@ def verdict_with(bug: Bug, number: int | None) -> Verdict:
     """Of the bug's plan, with it planted, or without."""
     size = degrees(bug.plan)
     found = joined(launch(_run, size, (number, bug.model, bug.plan)))
-    return verdict_of(bug.model, bug.plan, size, found)
+    return verdict_of(of_model(bug.model), bug.plan, size, found)
+
+
+@functools.cache
+def of_model(name: str) -> Case:
+    return case_of(name)
 
 
 def _run(number: int | None, model: str, plan: object) -> Trace:

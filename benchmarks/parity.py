@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from measuring.table import RESULTS, Report, Table
-from proof.models import MODELS
+from proof.models import MODELS, case_of
 from proof.running import degrees, held_against_one_process, spread
 
 from trainfleet.plan import Plan
@@ -59,12 +59,13 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {title: [p for p in each if wanted(p, options)] for title, each in plans().items()}
     models = list(MODELS)[:1] if options.quick else list(MODELS)
+    cases = {model: case_of(model) for model in models}
     everything = [plan for each in chosen.values() for plan in each]
     found: dict[tuple[str, Plan], Verdict | str] = {}
     for model in models:
         for size in sorted({degrees(plan) for plan in everything}):
             of_size = [plan for plan in everything if degrees(plan) == size]
-            for plan, verdict in zip(of_size, held_against_one_process(model, of_size, size)):
+            for plan, verdict in zip(of_size, held_against_one_process(cases[model], of_size, size)):
                 found[model, plan] = verdict
                 print(f"{model:8} {name_of(plan):50} {verdict}", flush=True)
     report = Report(name="parity", summary=str(__doc__))

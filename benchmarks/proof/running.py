@@ -6,30 +6,25 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from proof.models import case_of
-
 from trainfleet import launch
-from trainfleet.errors import PlanError, TrainfleetError
+from trainfleet.errors import DataError, PlanError, TrainfleetError
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import Trace, Verdict, compare, joined
-from trainfleet.training.verify import otherwise_rounded, reference_case, trace, trace_rank
-
-Found = dict[int, Trace | str]
-"""By the number of the plan: what was computed, or why the plan was refused."""
+from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, Verdict, compare, joined
+from trainfleet.training.verify import Case, otherwise_rounded, reference_case, trace, trace_rank
 
 
-def held_against_one_process(model: str, plans: Sequence[Plan], size: int) -> list[Verdict | str]:
+def held_against_one_process(case: Case, plans: Sequence[Plan], size: int) -> list[Verdict | str]:
     """For each plan, on `size` processes: the verdict, or the reason for which the plan was refused."""
-    found = run(model, plans, size)
-    return [each if isinstance(each, str) else verdict_of(model, plan, size, each) for plan, each in zip(plans, found)]
+    found = run(case, plans, size)
+    return [each if isinstance(each, str) else verdict_of(case, plan, size, each) for plan, each in zip(plans, found)]
 
 
-def run(model: str, plans: Sequence[Plan], size: int) -> list[Trace | str]:
+def run(case: Case, plans: Sequence[Plan], size: int) -> list[Trace | str]:
     """What each plan computes. After an error that is no refusal, ranks start anew with the plans that are left."""
     together: list[Trace | str] = []
     while left := plans[len(together) :]:
-        by_rank = launch(_run, size, (model, left))
+        by_rank = launch(_run, size, (case, left))
         for number in range(min(len(each) for each in by_rank)):
             parts = [each[number] for each in by_rank]
             reasons = [part for part in parts if isinstance(part, str)]
@@ -37,32 +32,36 @@ def run(model: str, plans: Sequence[Plan], size: int) -> list[Trace | str]:
     return together
 
 
-def _run(model: str, plans: Sequence[Plan]) -> list[Trace | str]:
+def _run(case: Case, plans: Sequence[Plan]) -> list[Trace | str]:
     found: list[Trace | str] = []
+    together = reference_case(case, 1)[0]  # what cannot be compared is switched off here too
+    comparable = replace(case, build=together.build, keep_activations=together.keep_activations)
     for plan in plans:
         try:
-            found.append(trace_rank(case_of(model), plan))
-        except PlanError as refusal:
+            found.append(trace_rank(comparable, plan))
+        except (PlanError, DataError) as refusal:
             found.append(f"refused: {refusal}")
-        except (TrainfleetError, RuntimeError) as error:
+        except (TrainfleetError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             found.append(f"FAILED: {type(error).__name__}: {error}")
             break  # the other ranks may stand elsewhere
     return found
 
 
-def verdict_of(model: str, plan: Plan, size: int, found: Trace) -> Verdict:
+def verdict_of(case: Case, plan: Plan, size: int, found: Trace) -> Verdict:
     alone = Plan(precision=plan.precision, microbatches=plan.microbatches)
-    reference, *rounded = references(model, plan.data_ranks(size), alone)
-    return compare(reference, found, plan.precision, rounded=rounded)
+    reference, *rounded = references(case, plan.data_ranks(size), alone)
+    remarks = reference_case(case, plan.data_ranks(size))[1]
+    slack = CONCATENATED_SLACK[plan.precision] if remarks else 1.0
+    return compare(reference, found, plan.precision, slack=slack, rounded=rounded)
 
 
 @functools.cache
-def references(model: str, ranks: int, alone: Plan) -> list[Trace]:
+def references(case: Case, ranks: int, alone: Plan) -> list[Trace]:
     """What one process computes on the micro-batches of so many ranks; first as it is, then rounded in other ways."""
-    case = reference_case(case_of(model), ranks)[0]
+    together = reference_case(case, ranks)[0]
     with Mesh.from_env(alone) as mesh:
-        first = trace(case, alone, mesh)
-        return [first, *(trace(each, plan, mesh) for each, plan in otherwise_rounded(case, alone))]
+        first = trace(together, alone, mesh)
+        return [first, *(trace(each, plan, mesh) for each, plan in otherwise_rounded(together, alone))]
 
 
 def degrees(plan: Plan) -> int:

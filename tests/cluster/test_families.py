@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("transformers", reason="Hugging Face's models are not installed: pip install 'trainfleet[hf]'")
 
-from families import FAMILIES, case_of
+from proof.families import FAMILIES
+from proof.families import case_of as proven
 from rank_pool import RankPools
 
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
 from trainfleet.training.verdict import Trace, compare
-from trainfleet.training.verify import otherwise_rounded, reference_case, trace
+from trainfleet.training.verify import Case, otherwise_rounded, reference_case, trace
 
 PLANS = [
     Plan(zero=3),
@@ -22,6 +25,10 @@ PLANS = [
     Plan(tp=2),
     Plan(tp=2, precision="bf16", recompute="blocks"),
 ]
+
+
+def case_of(family: str) -> Case:
+    return replace(proven(family), keep_activations=False)  # those of rank 0 alone
 
 
 def on_ranks(family: str, plan: Plan) -> Trace:

@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from trainfleet.training.activations import Activations, is_activation  # noqa: E402
+from trainfleet.training.activations import Activations  # noqa: E402
+from trainfleet.training.verdict import is_activation  # noqa: E402
 
 
 class Twice(torch.nn.Module):

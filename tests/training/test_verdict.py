@@ -52,3 +52,12 @@ def test_what_an_optimizer_makes_of_rounding_is_measured() -> None:
         assert compare(one, found, "fp32").holds == (error < 2e-5)
     unlike = {**one, "w": np.full(4, np.inf)}
     assert not compare(one, {**one, "w": np.ones(4) * 2}, "fp32", rounded=[unlike]).holds
+
+
+def test_a_module_that_the_plan_never_calls_is_not_missing() -> None:
+    one = {f"step 1, micro-batch {n}, output of {name}": np.ones(1) for n in (1, 2) for name in ("layers", "layers.0")}
+    found = {name: value for name, value in one.items() if name.endswith("layers.0")}
+    verdict = compare(one, found, "fp32")
+    assert verdict.holds and verdict.compared == 2
+    found.pop("step 1, micro-batch 2, output of layers.0")  # but a call of one that it does call is
+    assert compare(one, found, "fp32").first.tensor == "step 1, micro-batch 2, output of layers.0"  # type: ignore[union-attr]

@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import arrays
 from trainfleet.comm.group import Group
-from trainfleet.training.verdict import Trace
+from trainfleet.training.verdict import ACTIVATION, Trace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
-
-_PREFIX = "step 1, micro-batch "
-
-
-def is_activation(name: str) -> bool:
-    """Whether a tensor of a trace is what a module gave."""
-    return name.startswith(_PREFIX)
 
 
 class Activations:
@@ -71,7 +64,7 @@ class Activations:
                 call = f" (call {i % each + 1})" if each > 1 else ""
                 for j, output in enumerate(outputs):
                     which = f"output {j + 1}" if len(outputs) > 1 else "output"
-                    found[f"{_PREFIX}{place + 1}, {which} of {name or 'the model'}{call}"] = output
+                    found[f"{ACTIVATION}{place + 1}, {which} of {name or 'the model'}{call}"] = output
         return found
 
 

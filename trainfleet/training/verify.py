@@ -19,8 +19,8 @@ from trainfleet.batch import Batch, arrays, map_arrays
 from trainfleet.errors import DataError
 from trainfleet.mesh import Mesh
 from trainfleet.plan import MODEL_AXES, LossScale, Plan
-from trainfleet.training.activations import Activations, is_activation, whole_of
-from trainfleet.training.verdict import CONCATENATED_SLACK, TOLERANCE, Trace, Verdict, compare, joined
+from trainfleet.training.activations import Activations, whole_of
+from trainfleet.training.verdict import CONCATENATED_SLACK, TOLERANCE, Trace, Verdict, compare, is_activation, joined
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

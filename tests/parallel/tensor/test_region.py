@@ -125,3 +125,21 @@ def test_what_is_split_and_what_is_not_is_said_once(ranks: RankPools) -> None:
     assert first == "Tensor parallel over 2 ranks: 68 % of the parameters are split, in 1.0; whole on each: 0."
     assert others and all("in 1.0 is computed whole by each rank" in line for line in others)
     assert len(others) == len(set(others))
+
+
+def gradient_of_a_gradient() -> str:
+    with Mesh.from_env(Plan(tp=2)) as mesh:
+        torch.manual_seed(0)
+        model = parallelize(Odd(plain), mesh, Plan(tp=2))
+        x = torch.randn(4, 6, requires_grad=True)
+        out, _ = model(x, {"by": torch.ones(12)})
+        try:
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+        except PlanError as exc:
+            return str(exc)
+        return ""
+
+
+def test_a_gradient_of_a_gradient_is_refused(ranks: RankPools) -> None:
+    for said in ranks(2, gradient_of_a_gradient):
+        assert "plan.tp splits, which cannot be done" in said

@@ -87,6 +87,12 @@ def _settled(tensor: Any) -> Any:
 
 
 def _as_placed(placement: Placement, gradient: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # what torch exchanges in backward has no right gradient of its own
+        raise PlanError(
+            "A gradient is taken of a gradient (create_graph=True), as for forces or a gradient penalty, through a "
+            "layer that plan.tp splits, which cannot be done. Set plan.tp to 1, or keep the layers whole: "
+            "plan.tp_whole."
+        )
     if isinstance(gradient, DTensor) and gradient.placements[0].is_shard() and gradient.placements[0] != placement:
         return placed(gradient, placement)
     return gradient

@@ -1,12 +1,14 @@
-"""Small models of Hugging Face's families with random weights: nothing is downloaded."""
+"""Small models of many families with random weights: of transformers, without a download, and written out."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
+from proof.nets import NETS
 
 from trainfleet.batch import Batch
 from trainfleet.loss import LossSum
@@ -42,23 +44,32 @@ SAMPLES = 3
 
 
 def case_of(family: str) -> Case:
+    """Of transformers' families, and of networks written out (nets.py)."""
+    build, loss_fn, make_batch = NETS.get(family, (None, loss, None))
     return Case(
-        build=functools.partial(build, family),
-        loss_fn=loss,
-        micro_batch=functools.partial(micro_batch, family),
+        build=functools.partial(_build, build or functools.partial(of_transformers, family)),
+        loss_fn=loss_fn,
+        micro_batch=functools.partial(_micro_batch, family, make_batch),
         optimizer=adamw,
         accumulation=2,
+        keep_activations=True,
     )
 
 
-def build(family: str) -> torch.nn.Module:
-    model, config, settings = FAMILIES[family]
+def _build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     torch.manual_seed(0)
+    return make()
+
+
+def of_transformers(family: str) -> torch.nn.Module:
+    model, config, settings = FAMILIES[family]
     return model(config(**settings))  # type: ignore[no-any-return]
 
 
-def micro_batch(family: str, number: int) -> Batch:
+def _micro_batch(family: str, make: Callable[[torch.Generator], Batch] | None, number: int) -> Batch:
     draw = torch.Generator().manual_seed(number)
+    if make is not None:
+        return make(draw)
     tokens = torch.randint(3, 99, (SAMPLES, 12), generator=draw)
     classes = torch.randint(5, (SAMPLES,), generator=draw)
     if family == "vit":
