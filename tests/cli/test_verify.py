@@ -61,7 +61,9 @@ def test_programs_get_json_without_infinity(verify):
 
 
 def test_an_impossible_plan_is_refused_before_anything_runs(verify):
-    asked, code, _ = verify(Verdict(compared=0, first=None, largest=FINE), "plan.zero=3", "plan.dp_shard=4", "--nproc", "2")
+    asked, code, _ = verify(
+        Verdict(compared=0, first=None, largest=FINE), "plan.zero=3", "plan.dp_shard=4", "--nproc", "2"
+    )
     assert code == 3 and asked == []
 
 
