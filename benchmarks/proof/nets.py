@@ -28,7 +28,9 @@ class Residual(nn.Module):
 
     def __init__(self, ins: int, outs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(_convolution(ins, outs, stride), nn.Conv2d(outs, outs, 3, 1, 1), nn.BatchNorm2d(outs))
+        self.body = nn.Sequential(
+            _convolution(ins, outs, stride), nn.Conv2d(outs, outs, 3, 1, 1, bias=False), nn.BatchNorm2d(outs)
+        )
         self.shortcut = nn.Conv2d(ins, outs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:

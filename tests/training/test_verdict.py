@@ -61,3 +61,9 @@ def test_a_module_that_the_plan_never_calls_is_not_missing() -> None:
     assert verdict.holds and verdict.compared == 2
     found.pop("step 1, micro-batch 2, output of layers.0")  # but a call of one that it does call is
     assert compare(one, found, "fp32").first.tensor == "step 1, micro-batch 2, output of layers.0"  # type: ignore[union-attr]
+
+
+def test_a_module_that_stages_call_in_parts_is_not_compared() -> None:
+    one = {f"step 1, micro-batch 1, output of drop (call {n})": np.ones(1) * n for n in (1, 2)}
+    found = {"step 1, micro-batch 1, output of drop": np.ones(1)}
+    assert compare({**one, "step 1, loss": np.ones(1)}, {**found, "step 1, loss": np.ones(1)}, "fp32").compared == 1

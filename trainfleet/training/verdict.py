@@ -111,14 +111,13 @@ def compare(
     over. Adam divides a gradient by its own size, so it makes much of small ones; bfloat16 makes much of deep models.
     A tensor that is not finite agrees where the same elements are not finite: fp16 overflows, and skips, alike.
     Elements of parameters whose gradient is rounding alone (NOISE) are not compared; nor what a module gave that the
-    plan never calls, as a pipeline never calls a list of layers that lies on several ranks.
+    plan never calls as one process does: a pipeline never calls a list of layers that lies on several ranks.
     """
     tolerance = TOLERANCE[precision] * slack
     usual = _usual_gradients(reference)
     noise = _noise(reference, usual, precision)
     differences = []
-    called = {_module(name) for name in found if is_activation(name)}
-    reference = {n: value for n, value in reference.items() if not is_activation(n) or _module(n) in called}
+    reference, found = _called_in_both(reference, found), _called_in_both(found, reference)
     for name in [*reference, *(name for name in found if name not in reference)]:
         step, _, what = name.partition(", ")
         floor = SMALL * usual.get(step, 0.0) if what.startswith("gradient of ") else 0.0
@@ -133,6 +132,12 @@ def compare(
         largest=max(differences, key=lambda each: each.deviation / each.tolerance),
         remarks=(*remarks, *_said_of(noise)),
     )
+
+
+def _called_in_both(trace: Trace, other: Trace) -> Trace:
+    """`trace` without what modules gave that the other never calls, or calls in parts on several ranks."""
+    called = {_module(name) for name in other if is_activation(name)}
+    return {name: value for name, value in trace.items() if not is_activation(name) or _module(name) in called}
 
 
 def _module(activation: str) -> str:
