@@ -16,8 +16,8 @@ from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
-from trainfleet.training.verdict import Trace, compare, joined  # noqa: E402
-from trainfleet.training.verify import Case, trace  # noqa: E402
+from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, compare, joined  # noqa: E402
+from trainfleet.training.verify import Case, reference_case, trace  # noqa: E402
 
 
 def build(model: str, options: dict[str, Any]) -> Any:
@@ -111,3 +111,20 @@ def test_every_precision_goes_with_stages(ranks: RankPools, model: str, plan: An
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_other_axes_go_with_stages(ranks: RankPools, schedule: Any, plan: Any) -> None:
     check(ranks, 2 * plan.get("tp", 1), case_of("transformer"), Plan(pp=2, schedule=schedule, **plan))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_batch_statistics_are_those_of_all_data_parallel_ranks(ranks: RankPools, schedule: Any) -> None:
+    plan = Plan(pp=2, schedule=schedule)
+    case, _ = reference_case(case_of("convolutional"), 2)
+    expected = ranks(1, traced, case, Plan())[0]
+    found = joined(ranks(4, traced, replace(case_of("convolutional"), build=case.build), plan))
+    verdict = compare(expected, found, "fp32", slack=CONCATENATED_SLACK["fp32"])
+    assert verdict.holds, str(verdict)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("plan", [{"schedule": "1f1b"}, {"schedule": "zbv"}, {"zero": 3}], ids=str)
+def test_compiled_blocks_pass_through_stages(ranks: RankPools, plan: Any) -> None:
+    check(ranks, 2, case_of("transformer"), Plan(pp=2, compile=True, **plan))

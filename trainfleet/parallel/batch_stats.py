@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
+from trainfleet.parallel.pipeline.cut import Elsewhere
 
 _RUNNING = ("running_mean", "running_var")
 
@@ -149,6 +150,8 @@ def _by_channel(value: Tensor, like: Tensor) -> Tensor:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why the statistics of `module` cannot be synchronised; None if they can, or if it has none."""
+    if isinstance(module, Elsewhere):
+        return None  # another stage of a pipeline sees to it
     if isinstance(module, SyncedBatchNorm):
         return "is synchronised already."
     if isinstance(module, nn.SyncBatchNorm):

@@ -7,6 +7,7 @@ import torch
 from alone import AloneMesh
 from models import MODELS
 
+from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.pipeline import Pipeline, deal_out
@@ -61,3 +62,24 @@ def test_names_are_put_into_the_order_of_the_model() -> None:
     assert pipeline.sorted_names(sorted(names)) == names
     with pytest.raises(KeyError):
         pipeline.sorted_names(["strange"])
+
+
+class TwoWays(torch.nn.Module):
+    """Takes its layers in one order in training and in the other in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers if self.training else reversed(self.layers):
+            x = layer(x)
+        return x
+
+
+def test_a_forward_that_takes_another_way_than_the_example_is_refused() -> None:
+    model = TwoWays()
+    pipeline = deal_out(model, [], AloneMesh(0, 2), Plan(pp=2), torch.zeros(2, 3))  # type: ignore[arg-type]
+    model.eval()
+    with pytest.raises(PlanError, match=r"stage 1 of the pipeline would need layers\.0, which stage 0 holds"):
+        pipeline.program(call_with_batch, torch.zeros(2, 3))

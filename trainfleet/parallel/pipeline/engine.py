@@ -59,6 +59,8 @@ class PipelineEngine(NativeEngine):
             if plan.recompute != "none"
             else f"plan.tp={plan.tp}"
             if plan.tp > 1
+            else "plan.compile"
+            if plan.compile
             else None
         )
         if obstacle is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class Graph:
     output: Any = None
     modes: Modes = (True, False, torch.float32)
     """Those that the forward was called in."""
+
+
+def is_parameter(reference: Value | Named) -> TypeGuard[Named]:
+    """Whether it stands for a parameter of the model."""
+    return isinstance(reference, Named) and reference.is_parameter
 
 
 def references(nested: Any) -> list[Value | Named]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.pipeline.cut import keep_stages
-from trainfleet.parallel.pipeline.graph import Named, signature
+from trainfleet.parallel.pipeline.graph import Named, is_parameter, signature
 from trainfleet.parallel.pipeline.program import Program, Ran
 from trainfleet.parallel.pipeline.record import record, tensors_of
 from trainfleet.parallel.pipeline.schedules import rank_of_stage
@@ -101,12 +102,29 @@ class Pipeline:
         found = self._programs.get(key)
         if found is None:
             graph = record(self.shadow, run, inputs)
-            found = self._programs[key] = Program(graph, self.shadow.model, self.stages.homes, self.stages.count)
+            found = Program(graph, self.shadow.model, self.stages.homes, self.stages.count)
+            self._refuse_elsewhere(found)
+            self._programs[key] = found
             if not found.draws_in_order and self.group.rank == 0:
                 logger.warning("The stages draw random numbers in another order than one process would.")
             if len(self._programs) > _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
         return found
+
+    def _refuse_elsewhere(self, program: Program) -> None:
+        """PlanError where a forward uses something in a stage that, as the example had it, does not hold it."""
+        for node, stage in zip(program.graph.nodes, program.placed):
+            names = {each.name: self.stages.parameters[each.name] for each in node.reads() if is_parameter(each)}
+            if isinstance(node.call, str):
+                names[node.call] = self.stages.leaves[node.call]
+            for name, holders in names.items():
+                if stage not in holders and stage != EVERYWHERE and EVERYWHERE not in holders:
+                    raise PlanError(
+                        f"{node.where}: stage {stage} of the pipeline would need {name}, which stage {holders[0]} "
+                        "holds: this forward takes modules in another order than the one of the example. Give an "
+                        "example that takes the same way, name plan.stages so that one stage has them, or set "
+                        "plan.pp to 1."
+                    )
 
     def _copy_modes(self) -> None:
         """Let the shadow train where the model does."""
