@@ -36,6 +36,10 @@ MIXING: dict[str, Call] = {
     "joined": lambda x, w, t: torch.cat([w[None, :1].expand(len(x), -1, -1), x], 1) @ w,
     "running": lambda x, w, t: x.cumsum(1) * x.cumprod(1) + x.flip(1),
     "flat": lambda x, w, t: (x.flatten(0, 1) @ w).relu().view(x.shape) + F.linear(x.reshape(-1, C), w).exp().sum(),
+    "flat products": lambda x, w, t: (
+        torch.addmm(w[0], x.view(-1, C), w).view(x.shape) + torch.mm(x.view(-1, C), w).sum()
+    ),
+    "flat, normalised": lambda x, w, t: F.layer_norm(x.flatten(0, 1), (C,), w[0], w[1]).log_softmax(-1).view(x.shape),
     "flat, picked": lambda x, w, t: x.reshape(-1, C)[t.flatten() > 4] @ w,
     "flat, chunked": lambda x, w, t: x.view(-1, C).chunk(2, -1)[0].softmax(-1).unflatten(0, (B, -1)).sum(0),
     "scores": lambda x, w, t: (x @ w @ x.mT).masked_fill(torch.ones(T, T).triu(1).bool(), -9.0).softmax(-1) @ x,

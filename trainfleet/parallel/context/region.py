@@ -43,7 +43,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.__iter__: iterate,
 }
 
-ON_FLAT = BY_ELEMENT | ASKED | {"view", "reshape", "unflatten", "linear", "softmax", "log_softmax", "sum", "layer_norm"}
+ON_FLAT = BY_ELEMENT | ASKED | {"view", "reshape", "unflatten", "linear", "addmm", "mm"}
+ON_FLAT |= {"softmax", "log_softmax", "sum", "layer_norm"}
 """Functions that compute on pieces of a dimension made of several, such as batch x sequence."""
 
 _UNTOUCHED = frozenset({"__set__", "backward", "grad", "register_hook", "requires_grad_", "retain_grad"})
