@@ -28,9 +28,9 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
 
-def case_of(name: str = "transformer", accumulation: int = 2, steps: int = 3) -> Case:
+def case_of(name: str = "transformer", accumulation: int = 2, steps: int = 3, **options: float) -> Case:
     return Case(
-        build=partial(MODELS[name].build, 0),
+        build=partial(MODELS[name].build, 0, **options),
         loss_fn=MODELS[name].loss_fn,
         micro_batch=partial(MODELS[name].micro_batch, 0),
         optimizer=adamw,
@@ -82,6 +82,18 @@ def test_narrow_precision_has_the_numbers_of_one_process_of_our_own_engine(ranks
         assert verdict.holds, f"{plan}: {verdict}"
 
 
+def traced_with_dropout(plan: Plan, accumulation: int) -> Trace:
+    with Mesh.from_env(plan) as mesh:
+        return trace(case_of(accumulation=accumulation, steps=2, dropout=0.2), plan, mesh)
+
+
+def test_dropout_is_that_of_one_process(ranks: RankPools) -> None:
+    verdict = compare(
+        traced_with_dropout(Plan(), 4), ranks(2, traced_with_dropout, with_deepspeed(zero=2), 2)[0], "fp32"
+    )
+    assert verdict.holds, str(verdict)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", ["convolutional", "recurrent"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -101,7 +113,13 @@ def test_other_models_on_any_number_of_ranks(ranks: RankPools, name: str, num_ra
 def engine_of(plan: Plan, mesh: Mesh, name: str = "transformer") -> Engine:
     torch.manual_seed(0)
     model = parallelize(MODELS[name].build(0), mesh, plan)
-    return make_engine(model, adamw(model), MODELS[name].loss_fn)
+    return make_engine(model, adamw(model), failing_loss if name == "transformer" else MODELS[name].loss_fn)
+
+
+def failing_loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> object:
+    if "fail" in batch:
+        raise RuntimeError("a sample too many")
+    return TRANSFORMER.loss_fn(output, batch)
 
 
 def step(engine: Engine, number: int) -> float:
@@ -125,6 +143,8 @@ def odd_steps(plan: Plan) -> tuple[list[float], list[float]]:
         engine.clip(1.0)  # and nobody steps
         found.append(step(engine, 1))
         engine.evaluate([TRANSFORMER.micro_batch(2, 0)])
+        with pytest.raises(RuntimeError, match="a sample too many"):
+            engine.forward_backward([TRANSFORMER.micro_batch(1, 0), {**TRANSFORMER.micro_batch(1, 1), "fail": True}])
         with pytest.raises(DataError, match="weight 0"):
             weightless = TRANSFORMER.micro_batch(0, 0)
             engine.forward_backward([{**weightless, "target": torch.full_like(weightless["target"], -100)}])
