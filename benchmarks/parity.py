@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", help="plans whose name has this in it")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="models by name")
     options = parser.parse_args()
     chosen = {title: [p for p in each if wanted(p, options)] for title, each in plans().items()}
-    models = list(MODELS)[:1] if options.quick else list(MODELS)
+    models = options.models[:1] if options.quick else options.models
     cases = {model: case_of(model) for model in models}
     everything = [plan for each in chosen.values() for plan in each]
     found: dict[tuple[str, Plan], Verdict | str] = {}

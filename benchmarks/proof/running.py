@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainfleet import launch
-from trainfleet.errors import DataError, PlanError, TrainfleetError
+from trainfleet.errors import DataError, PlanError, RankFailed
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
 from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, Verdict, compare, joined
@@ -21,14 +21,18 @@ def held_against_one_process(case: Case, plans: Sequence[Plan], size: int) -> li
 
 
 def run(case: Case, plans: Sequence[Plan], size: int) -> list[Trace | str]:
-    """What each plan computes. After an error that is no refusal, ranks start anew with the plans that are left."""
+    """What each plan computes, or why it was refused. Where ranks fail, the plans are run in halves to see which."""
+    try:
+        by_rank = launch(_run, size, (case, plans))
+    except RankFailed as failure:
+        if len(plans) == 1:
+            return [f"FAILED: {failure}"]
+        half = len(plans) // 2
+        return [*run(case, plans[:half], size), *run(case, plans[half:], size)]
     together: list[Trace | str] = []
-    while left := plans[len(together) :]:
-        by_rank = launch(_run, size, (case, left))
-        for number in range(min(len(each) for each in by_rank)):
-            parts = [each[number] for each in by_rank]
-            reasons = [part for part in parts if isinstance(part, str)]
-            together.append(reasons[0] if reasons else joined([part for part in parts if not isinstance(part, str)]))
+    for parts in zip(*by_rank, strict=True):
+        reasons = [part for part in parts if isinstance(part, str)]
+        together.append(reasons[0] if reasons else joined([part for part in parts if not isinstance(part, str)]))
     return together
 
 
@@ -41,9 +45,6 @@ def _run(case: Case, plans: Sequence[Plan]) -> list[Trace | str]:
             found.append(trace_rank(comparable, plan))
         except (PlanError, DataError) as refusal:
             found.append(f"refused: {refusal}")
-        except (TrainfleetError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            found.append(f"FAILED: {type(error).__name__}: {error}")
-            break  # the other ranks may stand elsewhere
     return found
 
 
