@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from trainfleet.errors import DataError
 from trainfleet.loss import LossSum
@@ -41,6 +43,11 @@ def linear_cross_entropy(
     sharded weights are gathered. Gradients once, not of gradients.
     Raises DataError where shapes do not fit or a target is outside of the vocabulary.
     """
+    if any(isinstance(each, DTensor) for each in (hidden, weight, targets)):
+        # In pieces over ranks: torch's own functions, which those who split tensors know, hold the logits of a piece.
+        logits = functional.linear(hidden, weight, bias).flatten(0, -2)
+        total = functional.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        return LossSum(total, (targets != ignore_index).sum())
     _refuse_misfits(hidden, weight, targets, ignore_index)
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
     total = _Fused.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index, rows)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from rank_pool import RankPools
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trainfleet.kernels import linear_cross_entropy
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.context.region import Context
 from trainfleet.plan import Plan
@@ -30,6 +31,7 @@ LOSSES: dict[str, Call] = {
     "squares": lambda x, w, t: F.mse_loss(x @ w, x) + F.l1_loss(x, x @ w, reduction="sum") + F.huber_loss(x, x @ w),
     "smooth": lambda x, w, t: F.smooth_l1_loss(x @ w, x, beta=0.5) + F.mse_loss(x @ w, x, reduction="none").max(),
     "binary": lambda x, w, t: F.binary_cross_entropy_with_logits(x @ w, (x > 0).float()),
+    "fused": lambda x, w, t: linear_cross_entropy(x, w, t.where(t > 3, -100), w[0]).mean_tensor,
     "of logarithms": lambda x, w, t: F.nll_loss((x @ w).log_softmax(-1).flatten(0, 1), t.flatten()),
     "contrast": lambda x, w, t: F.cross_entropy(F.normalize(x.mean(1)) @ F.normalize(x[:, 0] @ w).T, torch.arange(B)),
 }

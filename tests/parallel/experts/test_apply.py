@@ -32,10 +32,10 @@ VOCABULARY, WIDTH = 16, 8
 
 
 class Block(nn.Module):
-    def __init__(self, capacity_factor: float | None) -> None:
+    def __init__(self, capacity_factor: float | None, top_k: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.mixture = MixtureOfExperts(WIDTH, 6, 4, top_k=2, capacity_factor=capacity_factor)
+        self.mixture = MixtureOfExperts(WIDTH, 6, 4, top_k=top_k, capacity_factor=capacity_factor)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mixture(self.norm(x))
@@ -44,10 +44,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tokens [B, T] to (logits, balance loss)."""
 
-    def __init__(self, capacity_factor: float | None = None) -> None:
+    def __init__(self, capacity_factor: float | None = None, top_k: int = 2) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block(capacity_factor) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(capacity_factor, top_k) for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,17 @@ def hold(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan]) -> None
 def test_two_ranks_compute_what_one_process_computes(ranks: RankPools) -> None:
     hold(ranks, 2, case_of(), [Plan(ep=2), Plan(ep=2, zero=3, recompute="blocks")])
     hold(ranks, 2, case_of(0.8), [Plan(ep=2)])
+
+
+def alike(number: int) -> dict[str, Tensor]:
+    """After the first step, only one token: each block then sends all of them to one expert."""
+    row = tokens(number)
+    return {key: value if number < 2 else torch.full_like(value, 3) for key, value in row.items()}
+
+
+def test_experts_that_got_no_token_in_a_step_go_on_as_those_of_one_process_do(ranks: RankPools) -> None:
+    case = replace(case_of(), build=functools.partial(Model, None, 1), micro_batch=alike, accumulation=1)
+    hold(ranks, 2, case, [Plan(ep=2)])
 
 
 @pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.matrix)])
