@@ -22,6 +22,7 @@ from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder, observers_for
+from trainfleet.plan import Plan
 from trainfleet.store import open_store
 from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.failure import MEND, leave_report
@@ -110,6 +111,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     from trainfleet.training.trainer import Trainer
 
     micro, accumulation, whole = recipe.batch.resolve(mesh.data_axes.size)
+    _refuse_schedule(recipe.plan, accumulation)
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh, closing)
         metadata = {"recipe": to_plain(recipe)}
@@ -160,6 +162,14 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         tell.observers = trainer.observers
         _begin_or_resume(recipe, trainer, checkpointer)
         yield trainer
+
+
+def _refuse_schedule(plan: Plan, accumulation: int) -> None:
+    """PlanError where a pipeline's schedule cannot run with the micro-batches of a step."""
+    if plan.pp > 1:
+        from trainfleet.parallel.pipeline.schedules import refuse_micro_batches
+
+        refuse_micro_batches(plan, accumulation * plan.microbatches)
 
 
 def _example(recipe: Recipe, given: Given, size: int) -> Batch:
@@ -358,6 +368,7 @@ def check(recipe: Recipe, world_size: int) -> list[str]:
     plan = recipe.plan.for_world(world_size)
     ranks = plan.data_ranks(world_size)
     micro, accumulation, whole = recipe.batch.resolve(ranks)
+    _refuse_schedule(plan, accumulation)
     if micro % plan.microbatches:
         raise PlanError(
             f"plan.microbatches is {plan.microbatches}, which does not divide the {micro} samples of a micro-batch. "
