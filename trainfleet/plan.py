@@ -117,6 +117,11 @@ class Plan:
     """Compile each block with torch.compile."""
     tp_whole: tuple[str, ...] = ()
     """Names or class names of modules that every tensor-parallel rank computes whole."""
+    tp_columns: tuple[str, ...] = ()
+    """Names or class names of linear layers split by output features. Unnamed ones: the `tp_plan` of a model of
+    transformers, else found."""
+    tp_rows: tuple[str, ...] = ()
+    """Names or class names of linear layers split by input features."""
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", *MODEL_AXES, "ep", "stages_per_rank", "microbatches"):

@@ -28,7 +28,7 @@ from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard, units_of
 from trainfleet.parallel.spread import Spread, attach, is_spread, whole_parameters
-from trainfleet.parallel.tensor import split_layers
+from trainfleet.parallel.tensor import split_model
 from trainfleet.parallel.tensor.apply import settle_gradients
 from trainfleet.plan import Plan
 
@@ -59,7 +59,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         blocks = [block for block in blocks if block in held]
         split = split_stages(pipeline, mesh, plan) if plan.tp > 1 else None
     else:
-        split = split_layers(model, mesh.sharding["tp"], plan.tp_whole, plan.entry_points) if plan.tp > 1 else None
+        split = split_model(model, mesh.sharding["tp"], plan) if plan.tp > 1 else None
     if mesh.experts is not None:
         split_experts(model, mesh.experts)
     context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None

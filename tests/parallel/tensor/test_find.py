@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from split_models import build
 from torch import nn
 
 from trainfleet.errors import PlanError
-from trainfleet.parallel.tensor.find import Layer, find_regions, group, layer_of
+from trainfleet.parallel.tensor.find import find_regions, group
+from trainfleet.parallel.tensor.layer import Layer
 
 
 def layers(*shapes: tuple[int, int]) -> list[tuple[str, Layer]]:
@@ -109,22 +109,3 @@ def test_what_does_not_divide_is_refused_with_what_would():
 def test_a_model_without_pairs_is_refused():
     with pytest.raises(PlanError, match=r"plan\.tp is 2, but Linear has no linear layers that can be split"):
         find_regions(nn.Linear(4, 4), 2)
-
-
-class Conv1D(nn.Module):
-    """As in transformers: y = x W + b with W [in, out]."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.nf = out_features
-        self.weight = nn.Parameter(torch.ones(in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-
-def test_a_linear_layer_is_known_however_it_keeps_its_weight():
-    assert layer_of(nn.Linear(4, 6)) == Layer(4, 6, 0)
-    assert layer_of(Conv1D(6, 4)) == Layer(4, 6, 1)
-    assert layer_of(nn.Conv1d(4, 6, 3)) is None and layer_of(nn.LayerNorm(4)) is None
-    changed = nn.Linear(4, 6)
-    changed.forward = changed.forward  # somebody computes it in a way of their own
-    assert layer_of(changed) is None

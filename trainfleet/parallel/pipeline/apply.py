@@ -41,7 +41,8 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     leaves = leaf_names(model, blocks, plan.stages)
     stop_caching(model)  # keys and values of the past are objects that no stage could hand on
     whole = _kept_whole(model, leaves, plan) if plan.tp > 1 else ()
-    regions = [region.name for region in find_regions(model, plan.tp, whole)] if plan.tp > 1 else []
+    given = {"columns": plan.tp_columns, "rows": plan.tp_rows}
+    regions = [region.name for region in find_regions(model, plan.tp, whole, **given)] if plan.tp > 1 else []
     shadow = Shadow(model, mesh.device)
     cast_compute(shadow.model, plan, torch.device(mesh.device).type)
     shadow.watch(leaves)
@@ -60,7 +61,7 @@ def _kept_whole(model: nn.Module, leaves: Sequence[str], plan: Plan) -> tuple[st
     """What tensor parallelism leaves whole: besides plan.tp_whole, layers between which a stage may begin."""
     wide = [
         layer
-        for region in find_regions(model, plan.tp, plan.tp_whole)
+        for region in find_regions(model, plan.tp, plan.tp_whole, columns=plan.tp_columns, rows=plan.tp_rows)
         if not any(region.name == leaf or region.name.startswith(f"{leaf}.") for leaf in leaves)
         for layer in (*region.columns, *region.rows)
     ]
@@ -75,8 +76,17 @@ def split_stages(pipeline: Pipeline, mesh: Mesh, plan: Plan) -> Split | None:
     if not any(is_held(model, name) for name in pipeline.regions):
         return None
     named = list(model.named_modules())
-    whole = [pattern for pattern in pipeline.whole if any(is_named(name, each, pattern) for name, each in named)]
-    return split_layers(model, mesh.sharding["tp"], whole)
+
+    def of_held(patterns: Sequence[str]) -> list[str]:
+        return [pattern for pattern in patterns if any(is_named(name, each, pattern) for name, each in named)]
+
+    return split_layers(
+        model,
+        mesh.sharding["tp"],
+        of_held(pipeline.whole),
+        columns=of_held(plan.tp_columns),
+        rows=of_held(plan.tp_rows),
+    )
 
 
 def described(pipeline: Pipeline) -> str:

@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from trainfleet.parallel.layout import is_sharded
-from trainfleet.parallel.tensor.find import Region, find_regions, layer_of
+from trainfleet.parallel.tensor.find import find_regions
+from trainfleet.parallel.tensor.layer import Region, layer_of
 from trainfleet.parallel.tensor.region import on_pieces
+from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,13 @@ class Split:
     """Modules with parameters of their own that every tensor-parallel rank holds and computes whole."""
     split_share: float
     """The part of all parameters that is split."""
+    sources: tuple[str, ...] = ("structure",)
+    """From where it is known how to split them."""
 
     def __str__(self) -> str:
         kept = f"; whole on each: {_few(self.whole)}" if self.whole else ""
-        return f"{100 * self.split_share:.0f} % of the parameters are split, in {_few(self.regions)}{kept}"
+        told = f"{_few(self.regions)} (from {', '.join(self.sources)})"
+        return f"{100 * self.split_share:.0f} % of the parameters are split, in {told}{kept}"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -41,14 +46,25 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
+def split_model(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> Split:
+    """`split_layers` as `plan` says."""
+    return split_layers(model, mesh, plan.tp_whole, plan.entry_points, columns=plan.tp_columns, rows=plan.tp_rows)
+
+
 def split_layers(
-    model: nn.Module, mesh: DeviceMesh, whole: Sequence[str] = (), entry_points: Sequence[str] = ()
+    model: nn.Module,
+    mesh: DeviceMesh,
+    whole: Sequence[str] = (),
+    entry_points: Sequence[str] = (),
+    *,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Split:
     """Split the linear layers of `model` over `mesh` (one axis), in place; all ranks hold equal parameters before.
 
     Raises PlanError before anything is changed where that cannot be.
     """
-    regions = find_regions(model, mesh.size(), whole)
+    regions = find_regions(model, mesh.size(), whole, columns=columns, rows=rows)
     _cut_parameters(model, regions, mesh)
     for region in regions:
         calls = ("forward", *entry_points) if region.module is model else ("forward",)
@@ -114,6 +130,7 @@ def _described(model: nn.Module, regions: Sequence[Region]) -> Split:
             for name, module in model.named_modules()
             if module not in inside and any(True for _ in module.parameters(recurse=False))
         ),
+        sources=tuple(dict.fromkeys(region.source for region in regions)),
         split_share=sum(number for number, is_split in numbers if is_split) / sum(number for number, _ in numbers),
     )
 

@@ -13,65 +13,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import is_named
+from trainfleet.parallel.tensor.given import given_layers, given_regions
+from trainfleet.parallel.tensor.layer import Layer, Region, called_by, is_in_list, layer_of
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)
 _HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
 """Attributes under which attention modules keep the number of their heads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A linear layer: y = x W + b, however its class keeps W."""
-
-    in_features: int
-    out_features: int
-    out_dim: int
-    """The dimension of the weight that has the output features."""
-
-
-def layer_of(module: nn.Module) -> Layer | None:
-    """`module` as a linear layer, or None: nn.Linear, whose weight is [out, in], or the Conv1D of transformers,
-    whose weight is [in, out]."""
-    if "forward" in vars(module):
-        return None
-    if type(module) is nn.Linear:
-        return Layer(module.in_features, module.out_features, 0)
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.ndim == 2:
-        return Layer(weight.shape[0], weight.shape[1], 1)
-    return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Region:
-    """A module that takes and gives whole tensors, and whose linear layers are split."""
-
-    name: str
-    module: nn.Module
-    columns: tuple[str, ...]
-    """Linear layers split by output features, by their names in the model."""
-    rows: tuple[str, ...]
-    """Those split by input features; a sum over ranks follows each."""
-
-
-def find_regions(model: nn.Module, size: int, whole: Sequence[str] = ()) -> list[Region]:
+def find_regions(
+    model: nn.Module, size: int, whole: Sequence[str] = (), *, columns: Sequence[str] = (), rows: Sequence[str] = ()
+) -> list[Region]:
     """The regions of `model`, for `size` tensor-parallel ranks; inner ones first.
 
-    `whole` names modules that stay whole, as in plan.tp_whole.
+    `whole`, `columns` and `rows` name modules as plan.tp_whole, plan.tp_columns and plan.tp_rows do; the first beats
+    the others. Of layers that they do not name, the model's own tp_plan says how they are split, else structure.
     Raises PlanError where there is nothing to split, or `size` does not divide what would be split.
     """
     left_whole = _named(model, whole)
-    found: list[Region] = []
-    _find(model, "", True, left_whole, found)
+    given = given_layers(model, size, columns, rows, left_whole)
+    found = given_regions(model, given, left_whole)
+    _find(model, "", True, left_whole | set(given), found)
     shared = _shared_outside(model, found)
     regions = [region for region in found if not (shared & {id(p) for p in region.module.parameters()})]
+    _refuse_shared([region for region in found if region not in regions])
     if not regions:
         raise PlanError(
             f"plan.tp is {size}, but {type(model).__name__} has no linear layers that can be split: no module in which "
@@ -80,6 +50,16 @@ def find_regions(model: nn.Module, size: int, whole: Sequence[str] = ()) -> list
     for region in regions:
         _refuse_indivisible(model, region, size)
     return regions
+
+
+def _refuse_shared(dropped: Sequence[Region]) -> None:
+    for region in dropped:
+        if "plan." in region.source:
+            raise PlanError(
+                f"{region.source} split {', '.join((*region.columns, *region.rows))}, and "
+                f"{region.name or 'the model'} shares a parameter with another module, which computes it whole. "
+                "Leave these layers out there."
+            )
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
@@ -101,7 +81,7 @@ def _find(
     if module in left_whole:
         return []
     linears: list[tuple[str, Layer]] = []
-    for child_name, child in _called(module, name):
+    for child_name, child in called_by(module, name):
         if child in left_whole:
             continue
         if (layer := layer_of(child)) is not None:
@@ -109,7 +89,7 @@ def _find(
         else:
             strays = _find(child, child_name, False, left_whole, found)
             # Some models hold the layers of one attention in two modules: then their parent is the region.
-            if not is_root and not isinstance(module, nn.Sequential) and not _is_in_list(module, child):
+            if not is_root and not isinstance(module, nn.Sequential) and not is_in_list(module, child):
                 linears += strays
     pairs = group(linears)
     # Batch normalisation exchanges its statistics in a way of its own, which knows no pieces.
@@ -124,19 +104,6 @@ def _find(
         )
     )
     return []
-
-
-def _called(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """The modules that `module` calls itself: its children, and those of its lists."""
-    called: list[tuple[str, nn.Module]] = []
-    for key, child in module.named_children():
-        child_name = f"{name}.{key}" if name else key
-        called += _called(child, child_name) if isinstance(child, _LISTS) else [(child_name, child)]
-    return called
-
-
-def _is_in_list(module: nn.Module, child: nn.Module) -> bool:
-    return child not in set(module.children())
 
 
 def group(linears: Sequence[tuple[str, Layer]]) -> list[tuple[tuple[str, ...], str]]:
