@@ -96,6 +96,11 @@ def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
         ({"deepspeed_config": "ds.json"}, "plan.deepspeed_config is set .* Set engine to 'deepspeed'"),
         ({"recompute": "blocks", "recompute_every": 0}, "plan.recompute_every is 0"),
         ({"recompute": "blocks", "recompute_keep": ("mm",)}, "Set recompute to 'selective'"),
+        ({"recompute": "blocks", "recompute_budget": 1.5}, "plan.recompute_budget is 1.5"),
+        ({"recompute_budget": 0.5}, "Set them to 'blocks' and 1"),
+        ({"recompute": "blocks", "recompute_budget": 0.5, "compile": True}, "plan.recompute_budget = 0.5"),
+        ({"recompute": "selective", "activations": "offload"}, "Set recompute to 'blocks' or 'none'"),
+        ({"recompute": "blocks", "activations": "partition"}, "Set tp to 2 or more"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_when_made(settings, said):

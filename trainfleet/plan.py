@@ -104,6 +104,12 @@ class Plan:
     attention."""
     recompute_every: int = 1
     """Recompute each so many-th block only: 2 is every other one, for half of the memory at half of the time."""
+    recompute_budget: float | None = None
+    """With `blocks`: the part, 0 to 1, of what blocks keep for backward that may be kept. The first step measures bytes
+    and time of each block, and those that are dear to compute again are then left as they are. None: none are."""
+    activations: Literal["keep", "offload", "partition"] = "keep"
+    """Where what blocks keep for backward rests: on the device; in CPU memory, from which it comes back beside the
+    backward of a later block; or, of recomputed blocks, one piece of each input on each rank of `tp`."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lives in CPU memory between uses: the optimizer state, or the parameters (with zero = 3) and it."""
     blocks: tuple[str, ...] = ()
@@ -148,6 +154,7 @@ class Plan:
         if self.offload == "optimizer" and self.zero == 0:
             raise PlanError("plan.offload is 'optimizer' with plan.zero = 0; set zero to 1, 2 or 3.")
 
+        self._refuse_of_activations()
         self._refuse_of_pipeline()
         self._refuse_of_engine()
         if self.engine == "deepspeed":
@@ -162,17 +169,46 @@ class Plan:
                 "Leave one of them out."
             )
 
+    def _refuse_of_activations(self) -> None:
+        budget, where = self.recompute_budget, self.activations
+        if budget is not None:
+            if not 0 <= budget <= 1:
+                raise PlanError(f"plan.recompute_budget is {budget}; it is a part of what blocks keep, from 0 to 1.")
+            if self.recompute != "blocks" or self.recompute_every > 1:
+                raise PlanError(
+                    f"plan.recompute_budget is {budget} with plan.recompute = {self.recompute!r} and recompute_every = "
+                    f"{self.recompute_every}; it chooses among whole blocks. Set them to 'blocks' and 1."
+                )
+        if where == "offload" and self.recompute == "selective":
+            raise PlanError(
+                "plan.activations is 'offload' with plan.recompute = 'selective', whose kept results stay on the "
+                "device. Set recompute to 'blocks' or 'none', or activations to 'keep'."
+            )
+        if where == "partition" and (self.tp == 1 or self.recompute != "blocks"):
+            raise PlanError(
+                f"plan.activations is 'partition' with plan.tp = {self.tp} and plan.recompute = {self.recompute!r}; it "
+                "keeps the inputs of recomputed blocks in pieces on the ranks of tp. Set tp to 2 or more and recompute "
+                "to 'blocks', or activations to 'keep' or 'offload'."
+            )
+        if self.compile and (budget is not None or where != "keep"):
+            name = "recompute_budget" if budget is not None else "activations"
+            raise PlanError(
+                f"plan.compile is set with plan.{name} = {getattr(self, name)!r}; what compiled blocks keep is not "
+                "seen from outside. Leave one of them out."
+            )
+
     def _refuse_of_deepspeed(self) -> None:
         for name in (*MODEL_AXES, "ep"):
             if getattr(self, name) > 1:
                 raise PlanError(
-                    f"plan.{name} is {getattr(self, name)} with plan.engine = 'deepspeed', which takes data parallelism "
-                    f"and ZeRO here. Set engine to 'native', or {name} to 1."
+                    f"plan.{name} is {getattr(self, name)} with plan.engine = 'deepspeed', which takes data parallelism"
+                    f" and ZeRO here. Set engine to 'native', or {name} to 1."
                 )
         if self.zero and self.dp_replicate not in (None, 1):
             raise PlanError(
                 f"plan.dp_replicate is {self.dp_replicate} with plan.zero = {self.zero} and plan.engine = 'deepspeed', "
-                "which shards over all ranks that see different data. Leave dp_replicate out, or set engine to 'native'."
+                "which shards over all ranks that see different data. Leave dp_replicate out, or set engine to "
+                "'native'."
             )
         if self.compile:
             raise PlanError("plan.compile is set with plan.engine = 'deepspeed'. Leave one of them out.")
@@ -278,6 +314,8 @@ class Plan:
         parts.append(self.precision)
         every = f"/{self.recompute_every}" * (self.recompute_every > 1)
         parts += [f"recompute={self.recompute}{every}"] * (self.recompute != "none")
+        parts += [f"budget={self.recompute_budget}"] * (self.recompute_budget is not None)
+        parts += [f"activations={self.activations}"] * (self.activations != "keep")
         parts += [f"offload={self.offload}"] * (self.offload != "none")
         parts += ["compile"] * self.compile
         return " ".join(parts)

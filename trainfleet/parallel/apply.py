@@ -13,12 +13,15 @@ from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.activations import offload_activations
 from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
+from trainfleet.parallel.budget import Budget
 from trainfleet.parallel.context import split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.experts import split_experts
+from trainfleet.parallel.partition import partition_inputs
 from trainfleet.parallel.pipeline import deal_out, split_stages
 from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
@@ -71,10 +74,16 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     cast_compute(model, plan, device_type)
     if pipeline is not None:
         model.forward = forward  # type: ignore[method-assign]  # casts as the whole model's would
+    budget = None
     if plan.recompute != "none":
         keep = (plan.recompute_keep or PRODUCTS) if plan.recompute == "selective" else ()
         stop_caching(model)
-        recompute(blocks[:: plan.recompute_every], keep)
+        budget = Budget(model, plan.recompute_budget) if plan.recompute_budget is not None else None
+        recompute(blocks[:: plan.recompute_every], keep, budget)
+    if plan.activations == "offload":
+        offload_activations(blocks, mesh.device)
+    elif plan.activations == "partition":
+        partition_inputs(blocks, mesh["tp"])
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
@@ -92,7 +101,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         expert_group=mesh["ep_replicate"] if mesh.experts is not None else None,
     )
     spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split, pipeline=pipeline)
-    spread.context = context
+    spread.context, spread.budget = context, budget
     attach(model, spread)
     if pipeline is not None:
         refuse_unlike_holders(pipeline, model)
@@ -170,7 +179,7 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         if not callable(getattr(model, entry, None)):
             raise PlanError(f"plan.entry_points names {entry!r}, but {name} has no such method.")
     refuse_narrow_parameters(model)
-    if plan.recompute != "none":
+    if plan.recompute != "none" or plan.activations != "keep":
         refuse_no_blocks(model, blocks)
     if plan.zero or mesh.world_size > 1:
         refuse_sparse_gradients(model)

@@ -131,6 +131,8 @@ class NativeEngine:
         refuse_unlike_batches(micro_batches, self.mesh)
         with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
             loss = self._run(micro_batches)
+        if self.spread.budget is not None:
+            self.spread.budget.settle(self.mesh.world)
         # Ranks may have used different modules; all of them must stop.
         if found := [each[0] for each in self.mesh.world.exchange(found[:1]) if each]:
             raise PlanError(found[0])

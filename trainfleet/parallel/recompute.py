@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from trainfleet.errors import PlanError
+from trainfleet.parallel.budget import Budget, Cost
 from trainfleet.parallel.torch_private import function_modes, outside_modes
 
 PRODUCTS = (
@@ -31,15 +32,17 @@ PRODUCTS = (
 """What `selective` keeps unless the plan names others; operators of torch by name."""
 
 
-def recompute(blocks: Sequence[nn.Module], keep: Sequence[str] = ()) -> None:
+def recompute(blocks: Sequence[nn.Module], keep: Sequence[str] = (), budget: Budget | None = None) -> None:
     """Let each of `blocks` forget its activations, but for the results of the operators `keep`, such as PRODUCTS.
 
     Random numbers are drawn again as they were. Batch normalisation would count its batch twice, so it does not update
-    its statistics the second time. PlanError for an operator that torch does not have.
+    its statistics the second time. `budget` may leave some blocks as they are, once it has measured them.
+    PlanError for an operator that torch does not have.
     """
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy(keep)) if keep else noop_context_fn
     for block in blocks:
-        block.forward = _forgetful(block, block.forward, contexts)  # type: ignore[method-assign]
+        cost = budget.cost_of(block) if budget is not None else None
+        block.forward = _forgetful(block, block.forward, contexts, cost)  # type: ignore[method-assign]
 
 
 def _policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
@@ -76,33 +79,44 @@ def refuse_no_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """PlanError where there is nothing to recompute."""
     if not blocks:
         raise PlanError(
-            f"plan.recompute asks for blocks, but {type(model).__name__} has no repeated modules. "
-            "Name them in plan.blocks, or set recompute to 'none'."
+            f"plan.recompute and plan.activations ask for blocks, but {type(model).__name__} has no repeated modules. "
+            "Name them in plan.blocks, or set recompute to 'none' and activations to 'keep'."
         )
 
 
-def _forgetful(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+def _forgetful(
+    block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], cost: Cost | None
+) -> Callable[..., Any]:
     counters = [module for module in block.modules() if getattr(module, "track_running_stats", False)]
 
     @functools.wraps(forward)
     def forgetful(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (cost is not None and cost.is_kept):
             return forward(*args, **kwargs)
         first = True
         modes = function_modes()  # of a region around the block, which backward knows nothing of
+        names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        others = {name: value for name, value in kwargs.items() if name not in names}
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*values: Any) -> Any:
             nonlocal first
+            args, named = values[: len(values) - len(names)], values[len(values) - len(names) :]
+            kwargs = others | dict(zip(names, named))
             if first:
                 first = False
-                return forward(*args, **kwargs)
+                with cost.measuring([v for v in values if isinstance(v, Tensor)]) if cost else nullcontext():
+                    return forward(*args, **kwargs)
             with ExitStack() as again:
                 for mode in modes:
                     if mode not in function_modes():
                         again.enter_context(mode)
+                if cost is not None:
+                    again.enter_context(cost.timing())
                 return _without_counting(counters, forward, args, kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        # Tensors in a row, for torch keeps those alone as autograd keeps tensors, which plan.activations sees.
+        tensors = [kwargs[name] for name in names]
+        return checkpoint(run, *args, *tensors, use_reentrant=False, context_fn=contexts)
 
     return forgetful
 

@@ -17,6 +17,7 @@ from trainfleet.parallel.torch_private import forget_iteration
 from trainfleet.plan import Plan
 
 if TYPE_CHECKING:
+    from trainfleet.parallel.budget import Budget
     from trainfleet.parallel.context.region import Context
     from trainfleet.parallel.pipeline import Pipeline
     from trainfleet.parallel.replicate import GradientAverage
@@ -41,6 +42,8 @@ class Spread:
     """Splits sequences over context-parallel ranks; None with cp = 1."""
     pipeline: Pipeline | None = None
     """Which stages this rank holds; None with pp = 1."""
+    budget: Budget | None = None
+    """Which blocks are recomputed, to be settled after the first step; None without plan.recompute_budget."""
 
     def copy_of(self, name: str) -> int:
         """Which of the copies of a parameter or buffer that several stages of a pipeline hold this rank has."""

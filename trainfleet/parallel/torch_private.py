@@ -5,7 +5,7 @@ Tested with torch 2.13 (CPU) and 2.11 (CUDA).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,7 @@ __all__ = [
     "gathered_parameters",
     "has_flash_attention",
     "in_backward",
+    "innermost_saving_hooks",
     "offsets_in_whole",
     "orthogonalise",
     "outside_modes",
@@ -130,6 +131,12 @@ _OFFSETS: dict[Any, tuple[int, ...]] = {}
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass, as what is recomputed there is."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def innermost_saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """What packs and unpacks the tensors that are saved for backward now; where nothing does, they stay as they are."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks or (lambda tensor: tensor, lambda tensor: tensor)
 
 
 def without_torch_functions() -> AbstractContextManager[None]:

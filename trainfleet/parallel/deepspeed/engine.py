@@ -105,6 +105,8 @@ class DeepSpeedEngine:
             return self._run(micro_batches)
         with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
             loss = self._run(micro_batches)
+        if self.spread.budget is not None:
+            self.spread.budget.settle(self.mesh.world)
         if found := [each[0] for each in self.mesh.world.exchange(found[:1]) if each]:
             raise PlanError(found[0])
         return loss
