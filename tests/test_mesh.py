@@ -226,3 +226,26 @@ def test_ranks_that_share_layers_sit_side_by_side_and_see_the_same_data(ranks, p
         assert data == list(range(rank % plan.tp, 4, plan.tp))
         assert sharded == (data if shards else [rank])
         assert world == [0, 1, 2, 3]
+
+
+REOPENED = """
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from trainfleet import Mesh, Plan
+
+def misses():
+    with Mesh.from_env(Plan(zero=1), device="cpu") as mesh:
+        array = DTensor.from_local(torch.ones(2), mesh.torch["dp_shard"], [Replicate()])
+        before = torch._C._get_DTensor_sharding_propagator_cache_stats()[1]
+        array + 1
+        array + 1
+        return torch._C._get_DTensor_sharding_propagator_cache_stats()[1] - before
+
+print(misses(), misses())
+"""
+
+
+def test_torch_remembers_nothing_of_a_mesh_that_was_closed():
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", REOPENED], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"], done.stdout + done.stderr

@@ -265,5 +265,9 @@ def _own_group(rows: list[list[int]], timeout: timedelta) -> ProcessGroup:
 
 def _forget_device_meshes() -> None:
     global _made_over
+    from trainfleet.comm.torch_group import forget_layouts
+
+    if _made:
+        forget_layouts()
     _made.clear()
     _made_over = None

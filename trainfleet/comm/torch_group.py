@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -75,6 +76,17 @@ def _states_of_gloo_threads() -> list[str]:
             if name == "pt_gloo_runloop":
                 states.append(rest.split()[0])
     return states
+
+
+def forget_layouts() -> None:
+    """Drop what torch remembers of how DTensors of a mesh lie: one made anew looks the same, but has other groups."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import DTensor, _redistribute
+
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()  # type: ignore
+    getattr(_redistribute._gen_transform_infos, "cache_clear", lambda: None)()
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()  # torch 2.11 may have none
 
 
 class TorchGroup:
