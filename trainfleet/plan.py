@@ -128,6 +128,9 @@ class Plan:
     transformers, else found."""
     tp_rows: tuple[str, ...] = ()
     """Names or class names of linear layers split by input features."""
+    devices: tuple[str, ...] = ()
+    """Devices of one process over which the blocks are dealt out in turn, such as cuda:0 and cuda:1. Empty: all is on
+    the one device of each process."""
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", *MODEL_AXES, "ep", "stages_per_rank", "microbatches"):
@@ -157,6 +160,8 @@ class Plan:
         self._refuse_of_activations()
         self._refuse_of_pipeline()
         self._refuse_of_engine()
+        if self.devices:
+            self._refuse_of_devices()
         if self.engine == "deepspeed":
             self._refuse_of_deepspeed()
         if self.cp > 1:
@@ -196,6 +201,15 @@ class Plan:
                 f"plan.compile is set with plan.{name} = {getattr(self, name)!r}; what compiled blocks keep is not "
                 "seen from outside. Leave one of them out."
             )
+
+    def _refuse_of_devices(self) -> None:
+        alone = {"zero": 0, "compile": False, "engine": "native"} | dict.fromkeys((*MODEL_AXES, "ep"), 1)
+        for name, value in alone.items():
+            if getattr(self, name) != value:
+                raise PlanError(
+                    f"plan.devices deals blocks out over {len(self.devices)} devices of one process, which does not go "
+                    f"with plan.{name} = {getattr(self, name)!r}. Leave one of them out, or start a process a device."
+                )
 
     def _refuse_of_deepspeed(self) -> None:
         for name in (*MODEL_AXES, "ep"):
@@ -278,6 +292,11 @@ class Plan:
 
     def for_world(self, world_size: int) -> Plan:
         """The same plan with every degree filled in for `world_size` ranks, or PlanError."""
+        if self.devices and world_size > 1:
+            raise PlanError(
+                f"plan.devices deals the blocks out over {len(self.devices)} devices of one process, but there are "
+                f"{world_size} processes. Start one, or leave devices out: plan.pp deals layers out to processes."
+            )
         replicate, shard = self.dp_replicate, self.dp_shard
         used = {axis: degree for axis in MODEL_AXES if (degree := getattr(self, axis)) > 1}
         others = math.prod(used.values())
@@ -318,6 +337,7 @@ class Plan:
         parts += [f"activations={self.activations}"] * (self.activations != "keep")
         parts += [f"offload={self.offload}"] * (self.offload != "none")
         parts += ["compile"] * self.compile
+        parts += [f"devices={','.join(self.devices)}"] * bool(self.devices)
         return " ".join(parts)
 
 

@@ -24,6 +24,7 @@ from trainfleet.parallel.experts import split_experts
 from trainfleet.parallel.partition import partition_inputs
 from trainfleet.parallel.pipeline import deal_out, split_stages
 from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
+from trainfleet.parallel.place import place
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
 from trainfleet.parallel.recast import recast
 from trainfleet.parallel.recompute import PRODUCTS, recompute, refuse_no_blocks, stop_caching
@@ -53,7 +54,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     _refuse(model, blocks, mesh, plan)
 
     waits = is_deferred(model)
-    if not waits:
+    if not waits and not plan.devices:
         model.to(mesh.device)
     take_equal_parameters(model, mesh.world)
     pipeline = deal_out(model, blocks, mesh, plan, example) if plan.pp > 1 else None
@@ -84,6 +85,8 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         offload_activations(blocks, mesh.device)
     elif plan.activations == "partition":
         partition_inputs(blocks, mesh["tp"])
+    if plan.devices:
+        place(model, blocks, plan.devices, plan.entry_points)
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
@@ -179,6 +182,8 @@ def _refuse(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pla
         if not callable(getattr(model, entry, None)):
             raise PlanError(f"plan.entry_points names {entry!r}, but {name} has no such method.")
     refuse_narrow_parameters(model)
+    if plan.devices and is_deferred(model):
+        raise PlanError(f"plan.devices is set, but {name} is deferred. Build it plain: leave model.deferred out.")
     if plan.recompute != "none" or plan.activations != "keep":
         refuse_no_blocks(model, blocks)
     if plan.zero or mesh.world_size > 1:

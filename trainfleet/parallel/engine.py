@@ -181,6 +181,8 @@ class NativeEngine:
         output = self._forward(self.model, batch)
         if self.plan.precision != "fp32":
             output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
+        if self.plan.devices:
+            batch = to_device(batch, self.plan.devices[-1])  # where the output is
         return self._loss_fn(output, batch)
 
     def _agree_on_divisor(self, first_weight: float, num_micro_batches: int) -> float:
@@ -353,4 +355,4 @@ def checked_loss(value: Any) -> LossSum:
 def as_numbers(loss: LossSum, device: str) -> Tensor:
     """[total, weight] of a micro-batch, float64, without a graph."""
     weight = loss.weight if isinstance(loss.weight, Tensor) else torch.tensor(float(loss.weight), device=device)
-    return torch.stack([loss.total.detach().double().reshape(()), weight.detach().double().reshape(())]).to(device)
+    return torch.stack([each.detach().to(device).double().reshape(()) for each in (loss.total, weight)])
