@@ -31,3 +31,21 @@ def test_what_it_refuses_is_told_as_a_plan_that_cannot_work(ranks) -> None:
     for said, accelerator in ranks(2, refused):
         assert said.startswith("DeepSpeed refuses this configuration")
         assert accelerator == "cpu"
+
+
+def linear_layers_of_stage_3() -> tuple[bool, bool, bool]:
+    plain = torch.nn.functional.linear
+    with Mesh.from_env(Plan(zero=3)) as mesh:
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine = library.initialize(
+            model, optimizer, {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, mesh
+        )
+        left = torch.nn.functional.linear is plain
+        with library.linear_layers(engine):
+            inside = torch.nn.functional.linear is plain
+        return left, inside, torch.nn.functional.linear is plain
+
+
+def test_it_leaves_torchs_linear_layers_to_other_models(ranks) -> None:
+    assert ranks(2, linear_layers_of_stage_3) == [(True, False, True)] * 2

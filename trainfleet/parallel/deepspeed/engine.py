@@ -125,7 +125,7 @@ class DeepSpeedEngine:
             sums += as_numbers(loss, device)
             if self.divisor is None:
                 self.divisor = self._agree_on_divisor(sums[1].item(), len(micro_batches))
-            with phase("backward", self.model, self.optimizer):
+            with phase("backward", self.model, self.optimizer), library.linear_layers(self._deepspeed):
                 self._deepspeed.backward(loss.total * (scale / self.divisor), scale_wrt_gas=False)
         message = torch.cat([sums, self._use.counts(device)])
         group.all_reduce_(message).wait()
@@ -148,10 +148,11 @@ class DeepSpeedEngine:
         return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
     def _loss(self, module: nn.Module, batch: Batch) -> LossSum:
-        output = self._forward(module, batch)
-        if self.plan.precision != "fp32":
-            output = raise_to_float32(output)
-        return checked_loss(self._loss_fn(output, batch))
+        with library.linear_layers(self._deepspeed):
+            output = self._forward(module, batch)
+            if self.plan.precision != "fp32":
+                output = raise_to_float32(output)
+            return checked_loss(self._loss_fn(output, batch))
 
     def _agree_on_divisor(self, weight: float, num_micro_batches: int) -> float:
         """The weight of a first micro-batch, rank 0's, times their number: as for the engine of our own."""

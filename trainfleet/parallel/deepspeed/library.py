@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from trainfleet.comm.torch_group import TorchGroup
@@ -42,13 +43,31 @@ def initialize(model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any]
     library.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
     # It calls torch's collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, "torch.distributed")
+    linear = functional.linear
     try:
         engine, *_ = library.initialize(
             model=model, optimizer=optimizer, config=dict(config), mpu=_Places(mesh), dist_init_required=False
         )
     except (ValueError, AssertionError, NotImplementedError) as error:
         raise PlanError(f"DeepSpeed refuses this configuration: {error}") from error
+    finally:
+        functional.linear = linear  # stage 3 puts its own there, for all models and for ever: see `linear_layers`
     return engine
+
+
+@contextmanager
+def linear_layers(engine: Any) -> Iterator[None]:
+    """Inside, linear layers are those of stage 3, which keep no gathered weight for backward; else torch's."""
+    if engine.zero_optimization_stage() < 3 or not engine._config.zero_config.memory_efficient_linear:
+        yield
+        return
+    library = require("deepspeed", "deepspeed")
+    linear = functional.linear
+    functional.linear = library.runtime.zero.linear.zero3_linear_wrap
+    try:
+        yield
+    finally:
+        functional.linear = linear
 
 
 @contextmanager
