@@ -128,6 +128,8 @@ class Plan:
     transformers, else found."""
     tp_rows: tuple[str, ...] = ()
     """Names or class names of linear layers split by input features."""
+    tp_vocabulary: bool = False
+    """Split embeddings and output heads by vocabulary too; `cross_entropy` then never gathers the logits."""
     devices: tuple[str, ...] = ()
     """Devices of one process over which the blocks are dealt out in turn, such as cuda:0 and cuda:1. Empty: all is on
     the one device of each process."""
@@ -168,6 +170,12 @@ class Plan:
             self._refuse_of_context()
         if self.ep > 1:
             self._refuse_of_experts()
+        if self.tp_vocabulary and self.tp > 1 and self.pp * self.cp > 1:
+            name = "pp" if self.pp > 1 else "cp"
+            raise PlanError(
+                f"plan.tp_vocabulary is set with plan.{name} = {getattr(self, name)}, under which losses are not computed "
+                "from logits in pieces. Leave tp_vocabulary out."
+            )
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "

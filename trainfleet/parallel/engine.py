@@ -171,7 +171,8 @@ class NativeEngine:
     def _loss(self, batch: Batch) -> LossSum:
         context = self.spread.context
         if context is None:
-            loss = self._compute(batch)
+            split = self.spread.split
+            loss = self._compute(batch) if split is None else split.compute(self._compute, batch)
         else:
             loss = context.run(self._compute, batch, strict=self.model.training)
         self._lockstep.end_forward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from trainfleet.parallel.layout import is_sharded
-from trainfleet.parallel.tensor.find import find_regions
+from trainfleet.parallel.tensor.find import find_regions, named
 from trainfleet.parallel.tensor.layer import Region, layer_of
-from trainfleet.parallel.tensor.region import on_pieces
+from trainfleet.parallel.tensor.region import keeping_logits, on_pieces
+from trainfleet.parallel.tensor.vocabulary import vocabulary_regions
 from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,12 @@ class Split:
     """The part of all parameters that is split."""
     sources: tuple[str, ...] = ("structure",)
     """From where it is known how to split them."""
+    logits: DeviceMesh | None = None
+    """Over what the logits lie in pieces where the loss is computed; None where heads give them whole."""
+
+    def compute(self, compute: Callable[[Any], Any], batch: Any) -> Any:
+        """`compute(batch)`, of the model and its loss, on logits in pieces if they are."""
+        return compute(batch) if self.logits is None else keeping_logits(compute, batch, self.logits)
 
     def __str__(self) -> str:
         kept = f"; whole on each: {_few(self.whole)}" if self.whole else ""
@@ -48,7 +56,15 @@ def _few(names: Sequence[str]) -> str:
 
 def split_model(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> Split:
     """`split_layers` as `plan` says."""
-    return split_layers(model, mesh, plan.tp_whole, plan.entry_points, columns=plan.tp_columns, rows=plan.tp_rows)
+    return split_layers(
+        model,
+        mesh,
+        plan.tp_whole,
+        plan.entry_points,
+        columns=plan.tp_columns,
+        rows=plan.tp_rows,
+        vocabulary=plan.tp_vocabulary,
+    )
 
 
 def split_layers(
@@ -59,18 +75,28 @@ def split_layers(
     *,
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
+    vocabulary: bool = False,
 ) -> Split:
     """Split the linear layers of `model` over `mesh` (one axis), in place; all ranks hold equal parameters before.
 
     Raises PlanError before anything is changed where that cannot be.
     """
     regions = find_regions(model, mesh.size(), whole, columns=columns, rows=rows)
+    heads: set[nn.Module] = set()
+    if vocabulary:
+        of_tokens = vocabulary_regions(model, mesh.size(), regions, named(model, whole))
+        heads = {region.module for region in of_tokens if region.columns}
+        regions = [region for region in regions if region.module not in heads] + of_tokens
     _cut_parameters(model, regions, mesh)
     for region in regions:
         calls = ("forward", *entry_points) if region.module is model else ("forward",)
         for call in calls:
-            setattr(region.module, call, on_pieces(getattr(region.module, call), region.name, mesh))
-    split = _described(model, regions)
+            setattr(
+                region.module,
+                call,
+                on_pieces(getattr(region.module, call), region.name, mesh, is_head=region.module in heads),
+            )
+    split = _described(model, regions, mesh if vocabulary else None)
     logger.info("Tensor parallel over %d ranks: %s.", mesh.size(), split)
     return split
 
@@ -92,6 +118,8 @@ def _placements(model: nn.Module, regions: Sequence[Region]) -> dict[int, Placem
     """How each parameter of a split layer lies, by its id; a row's bias is added once, so it stays whole."""
     found: dict[int, Placement] = {}
     for region in regions:
+        if isinstance(region.module, nn.Embedding):
+            found[id(region.module.weight)] = Shard(0)
         for name in (*region.columns, *region.rows):
             module = model.get_submodule(name)
             layer = layer_of(module)
@@ -117,7 +145,7 @@ def _cut(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.
     return cut
 
 
-def _described(model: nn.Module, regions: Sequence[Region]) -> Split:
+def _described(model: nn.Module, regions: Sequence[Region], logits: DeviceMesh | None) -> Split:
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     numbers = [(p.numel(), isinstance(p, DTensor) and p.placements[0].is_shard()) for p in parameters]
     inside = {module for region in regions for module in region.module.modules()}
@@ -130,6 +158,7 @@ def _described(model: nn.Module, regions: Sequence[Region]) -> Split:
             for name, module in model.named_modules()
             if module not in inside and any(True for _ in module.parameters(recurse=False))
         ),
+        logits=logits,
         sources=tuple(dict.fromkeys(region.source for region in regions)),
         split_share=sum(number for number, is_split in numbers if is_split) / sum(number for number, _ in numbers),
     )

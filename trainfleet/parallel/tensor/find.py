@@ -35,7 +35,7 @@ def find_regions(
     the others. Of layers that they do not name, the model's own tp_plan says how they are split, else structure.
     Raises PlanError where there is nothing to split, or `size` does not divide what would be split.
     """
-    left_whole = _named(model, whole)
+    left_whole = named(model, whole)
     given = given_layers(model, size, columns, rows, left_whole)
     found = given_regions(model, given, left_whole)
     _find(model, "", True, left_whole | set(given), found)
@@ -62,16 +62,17 @@ def _refuse_shared(dropped: Sequence[Region]) -> None:
             )
 
 
-def _named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
-    named: set[nn.Module] = set()
+def named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
+    """The modules that `patterns` name, as plan.tp_whole does; PlanError for one that names none."""
+    found: set[nn.Module] = set()
     for pattern in patterns:
         matches = [module for name, module in model.named_modules() if is_named(name, module, pattern)]
         if not matches:
             raise PlanError(
                 f"plan.tp_whole names {pattern!r}, but no module of {type(model).__name__} has that name or class."
             )
-        named.update(matches)
-    return named
+        found.update(matches)
+    return found
 
 
 def _find(

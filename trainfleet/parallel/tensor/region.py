@@ -23,6 +23,7 @@ from trainfleet.parallel.tensor.attention import split_attention
 from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import OUTER, placed, whole_of
 from trainfleet.parallel.tensor.functions import chunk, iterate, split, splits, unbind
+from trainfleet.parallel.tensor.vocabulary import kept_in, split_cross_entropy, split_embedding
 from trainfleet.parallel.torch_private import EnoughRecomputed
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,17 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.split, Tensor.split), split),
     **dict.fromkeys((torch.unbind, Tensor.unbind), unbind),
     Tensor.__iter__: iterate,
+    torch.nn.functional.embedding: split_embedding,
+    torch.nn.functional.cross_entropy: split_cross_entropy,
 }
 """They get (mesh, compute whole, arguments of the function …) and have rules of their own."""
 
 
-def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Callable[..., Any]:
-    """`forward` of the module `name`, computed on pieces over `mesh`; takes and gives whole tensors."""
+def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh, *, is_head: bool = False) -> Callable[..., Any]:
+    """`forward` of the module `name`, computed on pieces over `mesh`; takes and gives whole tensors.
+
+    One that `is_head` gives pieces where `keeping_logits` computes the loss from them.
+    """
     said: set[str] = set()
 
     @functools.wraps(forward)
@@ -50,11 +56,26 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh) -> Calla
         if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
             return forward(*args, **kwargs)  # inside another region
         args, kwargs = map_arrays(functools.partial(_copied, mesh), (args, kwargs))
-        with _OnPieces(name, mesh, said):
-            output = forward(*args, **kwargs)
+        before, OUTER.is_inside = getattr(OUTER, "is_inside", False), True
+        try:
+            with _OnPieces(name, mesh, said):
+                output = forward(*args, **kwargs)
+        finally:
+            OUTER.is_inside = before
+        logits = getattr(OUTER, "logits", None)
+        if is_head and logits is not None:
+            logits.has_begun = True
+            return output
         return map_arrays(_whole, output)
 
     return computed
+
+
+def keeping_logits(compute: Callable[[Any], Any], batch: Any, mesh: DeviceMesh) -> Any:
+    """`compute(batch)`, of a model and its loss, with the logits of split heads in pieces; its result whole."""
+    with kept_in(OUTER, _OnLogits("the loss", mesh, set())):
+        result = compute(batch)
+    return map_arrays(_whole, result)
 
 
 def _copied(mesh: DeviceMesh, tensor: Any) -> Any:
@@ -164,6 +185,17 @@ class _OnPieces(TorchFunctionMode):
             "cannot be done in place. Call the form that returns a new tensor, or keep the module whole: "
             f"plan.tp_whole=[{name}]."
         )
+
+
+class _OnLogits(_OnPieces):
+    """Computes with logits in pieces, outside of regions and after a head has made them."""
+
+    has_begun = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if not self.has_begun or getattr(OUTER, "is_inside", False):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def mapped(function: Callable[[Any], Any], result: Any) -> Any:
