@@ -101,6 +101,7 @@ def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
         ({"recompute": "blocks", "recompute_budget": 0.5, "compile": True}, "plan.recompute_budget = 0.5"),
         ({"recompute": "selective", "activations": "offload"}, "Set recompute to 'blocks' or 'none'"),
         ({"recompute": "blocks", "activations": "partition"}, "Set tp to 2 or more"),
+        ({"recompute": "blocks", "activations": "partition", "tp": 2, "cp": 2}, "pieces of sequences already"),
         ({"devices": ("cuda:0", "cuda:1"), "zero": 1}, "plan.devices deals blocks out over 2 devices"),
         ({"devices": ("cuda:0", "cuda:1"), "pp": 2}, "plan.pp = 2"),
     ],

@@ -203,6 +203,11 @@ class Plan:
                 "keeps the inputs of recomputed blocks in pieces on the ranks of tp. Set tp to 2 or more and recompute "
                 "to 'blocks', or activations to 'keep' or 'offload'."
             )
+        if where == "partition" and self.cp > 1:
+            raise PlanError(
+                f"plan.activations is 'partition' with plan.cp = {self.cp}, where inputs are pieces of sequences already. "
+                "Set activations to 'keep' or 'offload', or cp to 1."
+            )
         if self.compile and (budget is not None or where != "keep"):
             name = "recompute_budget" if budget is not None else "activations"
             raise PlanError(
