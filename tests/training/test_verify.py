@@ -16,7 +16,7 @@ from trainfleet.errors import DataError  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.training.verdict import compare  # noqa: E402
-from trainfleet.training.verify import Case, prove, reference_case, shake_gradients, trace, verify  # noqa: E402
+from trainfleet.training.verify import Case, reference_case, shake_gradients, trace, verify  # noqa: E402
 
 
 def build(name: str) -> Any:
@@ -121,12 +121,7 @@ def test_batch_statistics_are_compared_with_the_whole_batch() -> None:
     assert reference_case(case("transformer"), 2)[0].accumulation == 2
 
 
-def test_it_launches_its_own_processes() -> None:
-    verdict = prove(case("scalars", steps=2), Plan(zero=3), nproc=2)
-    assert verdict.holds, str(verdict)
-
-
-def test_a_model_and_its_batches_are_enough(tmp_path: Any) -> None:
+def test_a_model_and_its_batches_are_enough() -> None:
     batches = [micro_batch("scalars", number) for number in range(4)]
     verdict = verify(build("scalars"), Plan(zero=3), batches, loss_fn=MODELS["scalars"].loss_fn)
     assert verdict.holds, verdict
