@@ -205,8 +205,8 @@ class Plan:
             )
         if where == "partition" and self.cp > 1:
             raise PlanError(
-                f"plan.activations is 'partition' with plan.cp = {self.cp}, where inputs are pieces of sequences already. "
-                "Set activations to 'keep' or 'offload', or cp to 1."
+                f"plan.activations is 'partition' with plan.cp = {self.cp}, where inputs are pieces of sequences already. Set "
+                "activations to 'keep' or 'offload', or cp to 1."
             )
         if self.compile and (budget is not None or where != "keep"):
             name = "recompute_budget" if budget is not None else "activations"
