@@ -247,3 +247,32 @@ def test_what_cannot_be_split_is_refused_with_the_name():
     for axis in ("pp", "cp"):
         with pytest.raises(PlanError, match=rf"plan\.tp_vocabulary is set with plan\.{axis} = 2"):
             Plan(tp=2, tp_vocabulary=True, **{axis: 2})
+
+
+def llama() -> nn.Module:
+    """Its loss is computed in its forward, from the labels."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def labelled(number: int) -> dict[str, Tensor]:
+    batch = tokens(number)
+    return {"input_ids": batch["input"], "labels": batch["target"]}
+
+
+def loss_of_model(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    return output.loss
+
+
+def test_a_model_of_transformers_that_computes_its_loss_itself_is_right(ranks: RankPools) -> None:
+    pytest.importorskip("transformers")
+    case = Case(build=llama, loss_fn=loss_of_model, micro_batch=labelled, optimizer=adamw, steps=2, clip_norm=0.5)
+    hold(ranks, 2, case, SPLIT[::3])
