@@ -173,8 +173,8 @@ class Plan:
         if self.tp_vocabulary and self.tp > 1 and self.pp * self.cp > 1:
             name = "pp" if self.pp > 1 else "cp"
             raise PlanError(
-                f"plan.tp_vocabulary is set with plan.{name} = {getattr(self, name)}, under which losses are not computed "
-                "from logits in pieces. Leave tp_vocabulary out."
+                f"plan.tp_vocabulary is set with plan.{name} = {getattr(self, name)}, under which losses are not "
+                "computed from logits in pieces. Leave tp_vocabulary out."
             )
         if self.compile and self.tp > 1:
             raise PlanError(
@@ -205,8 +205,8 @@ class Plan:
             )
         if where == "partition" and self.cp > 1:
             raise PlanError(
-                f"plan.activations is 'partition' with plan.cp = {self.cp}, where inputs are pieces of sequences already. Set "
-                "activations to 'keep' or 'offload', or cp to 1."
+                f"plan.activations is 'partition' with plan.cp = {self.cp}, where inputs are pieces of sequences "
+                "already. Set activations to 'keep' or 'offload', or cp to 1."
             )
         if self.compile and (budget is not None or where != "keep"):
             name = "recompute_budget" if budget is not None else "activations"
