@@ -27,7 +27,7 @@ def plans() -> dict[str, list[Plan]]:
     data = [spread(dp_replicate=n) for n in (2, 4, 8)]
     data += [spread(zero=zero, dp_shard=n) for zero in (1, 2, 3) for n in (2, 4)]
     data += [spread(zero=zero, dp_shard=2, dp_replicate=2) for zero in (1, 2, 3)]
-    alone = [*data, *(spread(tp=n) for n in (2, 4))]
+    alone = [*data, *(spread(tp=n) for n in (2, 4)), spread(tp=2, tp_vocabulary=True)]
     alone += [spread(cp=n, cp_attention=kind) for n in (2, 4) for kind in ("ring", "all_to_all")]
     alone += [spread(pp=2, schedule=schedule) for schedule in SCHEDULES] + [spread(pp=4)]
     alone += [spread(dp_replicate=2, ep=2), spread(dp_replicate=4, ep=2), spread(dp_replicate=4, ep=4)]
@@ -36,11 +36,11 @@ def plans() -> dict[str, list[Plan]]:
     two = [spread(**axis, **stage) for axis in axes for stage in zero]
     two += [spread(tp=2, pp=2, schedule=schedule) for schedule in SCHEDULES]
     two += [spread(tp=2, cp=2, cp_attention=kind) for kind in ("ring", "all_to_all")]
-    two += [spread(cp=4, zero=2, dp_shard=2), spread(tp=4, pp=2), spread(tp=2, pp=4), spread(tp=4, zero=3, dp_shard=2)]
+    two += [spread(cp=4, zero=2, dp_shard=2), spread(tp=4, pp=2)]
+    two += [spread(tp=2, tp_vocabulary=True, **stage) for stage in zero]
     three = [spread(tp=2, pp=2, **stage) for stage in zero]
-    three += [spread(tp=2, cp=2, **stage) for stage in zero]
-    three += [spread(tp=2, zero=stage, dp_shard=2, dp_replicate=2) for stage in (1, 2, 3)]
-    three += [spread(pp=2, zero=stage, dp_shard=2, dp_replicate=2) for stage in (1, 2, 3)]
+    three += [spread(tp=2, cp=2, **stage) for stage in (zero[0], zero[-1])]
+    three += [spread(tp=2, zero=3, dp_shard=2, dp_replicate=2)]
     narrow = [spread(precision="bf16", recompute="blocks", **axis) for axis in (*axes, {"zero": 3, "dp_shard": 2})]
     narrow += [spread(precision="bf16", microbatches=2, tp=2, pp=2), spread(precision="fp16", pp=2)]
     return {
@@ -85,7 +85,7 @@ def name_of(plan: Plan) -> str:
     text = str(plan).removesuffix(" fp32").removeprefix("zero=0 ")
     for word in ("dp_replicate=1 ", "dp_shard=1 "):
         text = text.replace(word, "")
-    return text
+    return text + " vocabulary" * plan.tp_vocabulary
 
 
 def table_of(title: str, each: list[Plan], models: list[str], found: dict[tuple[str, Plan], Verdict | str]) -> Table:
