@@ -1,7 +1,7 @@
 """Families of models under tensor parallelism, pipeline, context parallelism and ZeRO-3, beside one process.
 
 Small configurations with random weights, three steps of AdamW. A number is the largest deviation of a tensor, as a
-part of what rounding explains; what cannot be is refused with its reason. See parity.md for what is compared.
+part of what rounding explains; what cannot be is refused with its reason. docs/parallelism.md says what is compared.
 """
 
 from __future__ import annotations

@@ -67,3 +67,13 @@ def test_a_module_that_stages_call_in_parts_is_not_compared() -> None:
     one = {f"step 1, micro-batch 1, output of drop (call {n})": np.ones(1) * n for n in (1, 2)}
     found = {"step 1, micro-batch 1, output of drop": np.ones(1)}
     assert compare({**one, "step 1, loss": np.ones(1)}, {**found, "step 1, loss": np.ones(1)}, "fp32").compared == 1
+
+
+def test_what_a_module_gave_in_shapes_that_follow_from_numbers_is_not_compared() -> None:
+    def seen(*tokens: int) -> dict[str, np.ndarray]:
+        given = {f"step 1, micro-batch {n + 1}, output of experts": np.ones(3 * t) for n, t in enumerate(tokens)}
+        return {**given, "step 1, loss": np.ones(1)}
+
+    assert compare(seen(2, 3), seen(3, 2), "fp32").compared == 1
+    assert compare(seen(2, 2), seen(3, 3), "fp32").compared == 1
+    assert compare(seen(2, 2), seen(2, 2), "fp32").compared == 3

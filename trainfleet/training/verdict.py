@@ -117,7 +117,7 @@ def compare(
     usual = _usual_gradients(reference)
     noise = _noise(reference, usual, precision)
     differences = []
-    reference, found = _called_in_both(reference, found), _called_in_both(found, reference)
+    reference, found = _called_alike(reference, found), _called_alike(found, reference)
     for name in [*reference, *(name for name in found if name not in reference)]:
         step, _, what = name.partition(", ")
         floor = SMALL * usual.get(step, 0.0) if what.startswith("gradient of ") else 0.0
@@ -134,10 +134,16 @@ def compare(
     )
 
 
-def _called_in_both(trace: Trace, other: Trace) -> Trace:
-    """`trace` without what modules gave that the other never calls, or calls in parts on several ranks."""
+def _called_alike(trace: Trace, other: Trace) -> Trace:
+    """`trace` without what modules gave that the other never calls, or calls in parts on several ranks; and without
+    that of modules whose shapes follow from numbers, as the tokens of one expert do."""
     called = {_module(name) for name in other if is_activation(name)}
-    return {name: value for name, value in trace.items() if not is_activation(name) or _module(name) in called}
+    shapes: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for name, value in (*trace.items(), *other.items()):
+        if is_activation(name):
+            shapes[_module(name)].add(value.shape)
+    alike = {module for module in called if len(shapes[module]) == 1}
+    return {name: value for name, value in trace.items() if not is_activation(name) or _module(name) in alike}
 
 
 def _module(activation: str) -> str:
