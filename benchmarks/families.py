@@ -57,7 +57,8 @@ def results(family: str) -> dict[str, Verdict | str]:
 def cell(verdict: Verdict | str, reasons: dict[str, int], counts: dict[str, int]) -> str:
     if isinstance(verdict, str):
         counts["refused" if verdict.startswith("refused") else "wrong"] += 1
-        return f"{verdict.split(':')[0]} ({reasons.setdefault(verdict, len(reasons) + 1)})"
+        reason = verdict.replace(f"{Path(__file__).parents[1]}/", "")
+        return f"{verdict.split(':')[0]} ({reasons.setdefault(reason, len(reasons) + 1)})"
     counts["held" if verdict.holds else "wrong"] += 1
     return (
         f"{verdict.largest.deviation / verdict.largest.tolerance:.3f}" if verdict.holds else f"DIFFERS: {verdict.first}"
