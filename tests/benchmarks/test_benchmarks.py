@@ -95,6 +95,30 @@ def test_every_schedule_has_its_bubble_beside_the_formula(tmp_path: Path) -> Non
     assert all(0 < float(row[2].split()[0]) < 1 and row[3] > 0 for row in rows.values())
 
 
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_plans_are_held_against_one_process(tmp_path: Path) -> None:
+    (table,) = tables("parity", tmp_path)
+    assert [row[0] for row in table["rows"]] == ["tp=2", "pp=2 1f1b"]
+    assert "2 of 2 cells compute what one process computes" in table["notes"][0]
+
+
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_bugs_are_found_at_the_tensor_that_they_change(tmp_path: Path) -> None:
+    (table,) = tables("injected_bugs", tmp_path)
+    assert table["notes"][0].startswith("2 of 2 bugs are found at the right tensor; 0 false alarms")
+
+
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_families_hold_or_are_refused_with_their_reason(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="one of the families is of transformers")
+    (table,) = tables("families", tmp_path)
+    assert [row[0] for row in table["rows"]] == ["llama", "forces"]
+    assert "6 cells compute what one process computes, 2 are refused, 0 do not hold." in table["notes"][0]
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 

@@ -28,8 +28,14 @@ class Activations:
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Activations:
+        from trainfleet.parallel.experts.apply import find_experts
+
+        # Inside experts rows lie in the order in which tokens are dealt out, which is of no interest.
+        inside = {inner for experts in find_experts(self._model).values() for inner in experts.children()}
+        inside = {inner for module in inside for inner in module.modules()}
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_hook(functools.partial(self._record, name)))
+            if module not in inside:
+                self._hooks.append(module.register_forward_hook(functools.partial(self._record, name)))
         return self
 
     def __exit__(
