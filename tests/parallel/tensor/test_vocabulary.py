@@ -97,6 +97,9 @@ def lookups() -> None:
             torch.testing.assert_close(found.to_local(), expected, rtol=0, atol=0)
             found.square().sum().backward()
             torch.testing.assert_close(piece.grad, alone.grad.chunk(2)[mesh["tp"].rank], rtol=0, atol=0)
+        for option in ({"scale_grad_by_freq": True}, {"max_norm": 1.0}, {"sparse": True}):
+            with pytest.raises(AssertionError, match="computed whole"):
+                split_embedding(axis, functools.partial(whole, None), *given, **option)
 
 
 def test_embeddings_in_pieces_are_those_of_the_whole_to_the_bit(ranks: RankPools) -> None:

@@ -98,7 +98,8 @@ def split_embedding(
     sparse: bool = False,
 ) -> Any:
     """`embedding` of tokens with the weight [V, D] split by tokens: each rank looks up its own, and all add up."""
-    if weight.placements[0] != Shard(0) or weight.shape[0] % mesh.size() or max_norm is not None or sparse:
+    is_plain = max_norm is None and not scale_grad_by_freq and not sparse
+    if weight.placements[0] != Shard(0) or weight.shape[0] % mesh.size() or not is_plain:
         return whole(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     tokens = whole_of(input)
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(weight):
