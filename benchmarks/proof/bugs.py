@@ -78,9 +78,9 @@ def rounded_twice() -> None:
 
 
 def masks_of_another_rank() -> None:
-    from trainfleet.parallel.engine import NativeEngine
+    from trainfleet.parallel import engine
 
-    _replace(NativeEngine, "_number", lambda number: lambda self, i: number(self, i) ^ 1)
+    _replace(engine, "number_in_step", lambda number: lambda *given: number(*given) ^ 1)
 
 
 def norm_without(axis: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from models import MODELS
 from rank_pool import RankPools
 from torch import nn
 
+from trainfleet.comm.group import Group
 from trainfleet.mesh import Mesh
-from trainfleet.parallel.randomness import mixed, seed_micro_batch
+from trainfleet.parallel.randomness import mixed, number_in_step, seed_micro_batch
 from trainfleet.plan import Plan
 from trainfleet.training.verdict import Trace, compare
 from trainfleet.training.verify import Case, reference_case, trace
@@ -35,6 +37,23 @@ def test_the_same_place_draws_the_same_and_others_do_not() -> None:
 def test_any_integer_is_a_seed() -> None:
     for seed in (0, -1, 1 << 70, (1 << 64) - 1):
         assert 0 <= drawn(seed, 0, 0) < 1 and 0 <= mixed(seed) < 1 << 64
+
+
+class Seat:
+    """The rank of one process in a group, without the group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_each_part_of_each_ranks_batches_has_the_number_it_has_in_one_process(size: int, parts: int) -> None:
+    dealt = [(batch, part) for batch in range(2 * size) for part in range(parts)]
+    for rank in range(size):
+        own = [place for place in dealt if place[0] % size == rank]
+        seat = cast(Group, Seat(rank, size))
+        assert [dealt[number_in_step(i, parts, seat)] for i in range(len(own))] == own
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -28,7 +28,7 @@ from trainfleet.parallel.optimizers import TABLE, Standing, check_optimizer, sha
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import ModelState, OptimizerState
 from trainfleet.parallel.precision import raise_to_float32, refuse_narrow_state, watch_dtypes
-from trainfleet.parallel.randomness import seed_micro_batch
+from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 from trainfleet.parallel.same_batch import refuse_unlike_batches
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.usage import Usage
@@ -144,7 +144,7 @@ class NativeEngine:
         scale = self.loss_scale or 1.0
         for i, batch in enumerate(micro_batches):
             if self._seed is not None:
-                seed_micro_batch(self._seed, self.steps, self._number(i))
+                seed_micro_batch(self._seed, self.steps, number_in_step(i, self.plan.microbatches, self.mesh.data_axes))
             with self.spread.micro_batch(last=i == len(micro_batches) - 1):
                 with phase("forward", self.model, self.optimizer):
                     loss = self._loss(to_device(batch, device))
@@ -162,11 +162,6 @@ class NativeEngine:
         self._usage.drop_unused(used)
         self._finish_gradients(weight, scale)
         return LossSum(total, weight)
-
-    def _number(self, i: int) -> int:
-        """The number that this rank's `i`-th micro-batch has in the step of one process that takes those of all."""
-        parts, ranks = self.plan.microbatches, self.mesh.data_axes
-        return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
     def _loss(self, batch: Batch) -> LossSum:
         context = self.spread.context

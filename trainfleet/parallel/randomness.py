@@ -13,9 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainfleet.comm.group import Group
 from trainfleet.state import PerRank
 
 _MASK = (1 << 64) - 1
+
+
+def number_in_step(i: int, parts: int, ranks: Group) -> int:
+    """The number that this rank's `i`-th micro-batch has in the step of one process that takes those of all `ranks`.
+
+    `parts` is plan.microbatches: so many follow each other that were cut from one.
+    """
+    return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:

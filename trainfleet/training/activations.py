@@ -58,6 +58,8 @@ class Activations:
 
         A module that is not called equally often for each is left out.
         """
+        from trainfleet.parallel.randomness import number_in_step
+
         found: Trace = {}
         number = accumulation * parts
         for name, calls in self._calls.items():
@@ -65,8 +67,7 @@ class Activations:
             if odd:
                 continue
             for i, outputs in enumerate(calls):
-                part = i // each
-                place = (part // parts * ranks.size + ranks.rank) * parts + part % parts
+                place = number_in_step(i // each, parts, ranks)
                 call = f" (call {i % each + 1})" if each > 1 else ""
                 for j, output in enumerate(outputs):
                     which = f"output {j + 1}" if len(outputs) > 1 else "output"

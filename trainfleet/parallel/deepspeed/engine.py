@@ -36,7 +36,7 @@ from trainfleet.parallel.loss_scale import LossScaler
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import OptimizerState
 from trainfleet.parallel.precision import raise_to_float32, watch_dtypes
-from trainfleet.parallel.randomness import seed_micro_batch
+from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.plan import Plan
 from trainfleet.state import Stateful
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
         self._use.start()
         for i, batch in enumerate(micro_batches):
             if self._seed is not None:
-                seed_micro_batch(self._seed, self.steps, self._number(i))
+                seed_micro_batch(self._seed, self.steps, number_in_step(i, self.plan.microbatches, self.mesh.data_axes))
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with phase("forward", self.model, self.optimizer), said_of_stage_3(self.plan):
                 loss = self._loss(self._deepspeed, to_device(batch, device))
@@ -141,11 +141,6 @@ class DeepSpeedEngine:
         else:
             self._use.refuse_uneven(counts, len(micro_batches) * group.size)
         return LossSum(total, weight)
-
-    def _number(self, i: int) -> int:
-        """The number that this rank's `i`-th micro-batch has in the step of one process that takes those of all."""
-        parts, ranks = self.plan.microbatches, self.mesh.data_axes
-        return (i // parts * ranks.size + ranks.rank) * parts + i % parts
 
     def _loss(self, module: nn.Module, batch: Batch) -> LossSum:
         with library.linear_layers(self._deepspeed):

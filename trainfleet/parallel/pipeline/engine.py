@@ -25,7 +25,7 @@ from trainfleet.parallel.pipeline.pipe import Pipeline
 from trainfleet.parallel.pipeline.schedules import SPLITS, Action, orders
 from trainfleet.parallel.pipeline.tied import sum_tied_gradients
 from trainfleet.parallel.precision import raise_to_float32
-from trainfleet.parallel.randomness import seed_micro_batch
+from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class PipelineEngine(NativeEngine):
 
     def _seed_micro_batch(self, i: int) -> None:
         assert self._seed is not None
-        seed_micro_batch(self._seed, self.steps, self._number(i))
+        seed_micro_batch(self._seed, self.steps, number_in_step(i, self.plan.microbatches, self.mesh.data_axes))
 
     def _actions(self, count: int) -> list[Action]:
         if count not in self._orders:
