@@ -10,15 +10,17 @@ import argparse
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from measuring.table import RESULTS, Report, Table
 from proof.bugs import BUGS, Bug
 from proof.models import case_of
-from proof.running import degrees, verdict_of
+from proof.running import degrees, work_of
 
 from trainfleet import launch
-from trainfleet.training.verdict import Trace, Verdict, joined
-from trainfleet.training.verify import Case, trace_rank
+from trainfleet.training.case import Case
+from trainfleet.training.trace import trace_rank
+from trainfleet.training.verdict import Trace, Verdict
 
 
 def main() -> None:
@@ -65,8 +67,8 @@ def main() -> None:
 def verdict_with(bug: Bug, number: int | None) -> Verdict:
     """Of the bug's plan, with it planted, or without."""
     size = degrees(bug.plan)
-    found = joined(launch(_run, size, (number, bug.model, bug.plan)))
-    return verdict_of(of_model(bug.model), bug.plan, size, found)
+    case, plan, reference = work_of(of_model(bug.model), bug.plan, size)
+    return reference.verdict(launch(_run, size, (number, case, plan, reference.ties)))
 
 
 @functools.cache
@@ -74,10 +76,10 @@ def of_model(name: str) -> Case:
     return case_of(name)
 
 
-def _run(number: int | None, model: str, plan: object) -> Trace:
+def _run(number: int | None, *work: Any) -> Trace:
     if number is not None:
         BUGS[number].plant()
-    return trace_rank(case_of(model), plan)  # type: ignore[arg-type]
+    return trace_rank(*work)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.engine import call_with_batch
 from trainfleet.plan import Plan
+from trainfleet.training.case import Case
+from trainfleet.training.trace import trace
 from trainfleet.training.verdict import Trace, compare
-from trainfleet.training.verify import Case, trace
 
 if TYPE_CHECKING:
     from rank_pool import RankPools

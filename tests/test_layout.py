@@ -30,7 +30,7 @@ OTHER_TESTS = {
     "examples": "the examples beside the package",
     "benchmarks": "the benchmarks beside the package",
 }
-OTHER_FILES = {"test_layout", "test_models", "test_public_names", "test_docs", "test_examples", "test_readme"}
+OTHER_FILES = {"test_layout", "test_models", "test_readme"}
 # Everything that must work where torch is not installed.
 WITHOUT_TORCH = ["errors", "log", "config", "deps", "state", "events", "batch", "loss", "plan", "balance", "mesh"]
 WITHOUT_TORCH += ["store", "checkpoint", "monitor", "data", "comm.group", "comm.threads", "comm.environment"]

@@ -3,66 +3,65 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from trainfleet import launch
 from trainfleet.errors import DataError, PlanError, RankFailed
-from trainfleet.mesh import Mesh
+from trainfleet.parallel.choices import Kind, Ties
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, Verdict, compare, joined
-from trainfleet.training.verify import Case, otherwise_rounded, reference_case, trace, trace_rank
+from trainfleet.training.case import Case, comparable
+from trainfleet.training.reference import Reference
+from trainfleet.training.trace import trace_rank
+from trainfleet.training.verdict import Trace, Verdict
 
 
 def held_against_one_process(case: Case, plans: Sequence[Plan], size: int) -> list[Verdict | str]:
     """For each plan, on `size` processes: the verdict, or the reason for which the plan was refused."""
-    found = run(case, plans, size)
-    return [each if isinstance(each, str) else verdict_of(case, plan, size, each) for plan, each in zip(plans, found)]
+    works = [work_of(case, plan, size) for plan in plans]
+    return [
+        each if isinstance(each, str) else reference.verdict(each)
+        for (_, _, reference), each in zip(works, _run(works, size))
+    ]
 
 
-def run(case: Case, plans: Sequence[Plan], size: int) -> list[Trace | str]:
-    """What each plan computes, or why it was refused. Where ranks fail, the plans are run in halves to see which."""
+Work = tuple[Case, Plan, Reference]
+
+
+def work_of(case: Case, plan: Plan, size: int) -> Work:
+    """What ranks have to compute, and what one process does; that is computed once."""
+    case, plan, _ = comparable(case, plan)
+    alone = Plan(precision=plan.precision, loss_scale=plan.loss_scale, microbatches=plan.microbatches)
+    return case, plan, _reference(case, alone, plan.data_ranks(size))
+
+
+_reference = functools.cache(Reference.of)
+
+
+def _run(works: Sequence[Work], size: int) -> list[list[Trace] | str]:
+    """What each rank computes under each plan. Where ranks fail, the plans are run in halves to see which."""
     try:
-        by_rank = launch(_run, size, (case, plans))
+        by_rank = launch(_run_rank, size, ([(case, plan, reference.ties) for case, plan, reference in works],))
     except RankFailed as failure:
-        if len(plans) == 1:
+        if len(works) == 1:
             return [f"FAILED: {failure}"]
-        half = len(plans) // 2
-        return [*run(case, plans[:half], size), *run(case, plans[half:], size)]
-    together: list[Trace | str] = []
+        half = len(works) // 2
+        return [*_run(works[:half], size), *_run(works[half:], size)]
+    found: list[list[Trace] | str] = []
     for parts in zip(*by_rank, strict=True):
         reasons = [part for part in parts if isinstance(part, str)]
-        together.append(reasons[0] if reasons else joined([part for part in parts if not isinstance(part, str)]))
-    return together
-
-
-def _run(case: Case, plans: Sequence[Plan]) -> list[Trace | str]:
-    found: list[Trace | str] = []
-    together = reference_case(case, 1)[0]  # what cannot be compared is switched off here too
-    comparable = replace(case, build=together.build, keep_activations=together.keep_activations)
-    for plan in plans:
-        try:
-            found.append(trace_rank(comparable, plan))
-        except (PlanError, DataError) as refusal:
-            found.append(f"refused: {refusal}")
+        found.append(reasons[0] if reasons else [part for part in parts if not isinstance(part, str)])
     return found
 
 
-def verdict_of(case: Case, plan: Plan, size: int, found: Trace) -> Verdict:
-    alone = Plan(precision=plan.precision, microbatches=plan.microbatches)
-    reference, *rounded = references(case, plan.data_ranks(size), alone)
-    remarks = reference_case(case, plan.data_ranks(size))[1]
-    slack = CONCATENATED_SLACK[plan.precision] if remarks else 1.0
-    return compare(reference, found, plan.precision, slack=slack, rounded=rounded)
-
-
-@functools.cache
-def references(case: Case, ranks: int, alone: Plan) -> list[Trace]:
-    """What one process computes on the micro-batches of so many ranks; first as it is, then rounded in other ways."""
-    together = reference_case(case, ranks)[0]
-    with Mesh.from_env(alone) as mesh:
-        first = trace(together, alone, mesh)
-        return [first, *(trace(each, plan, mesh) for each, plan in otherwise_rounded(together, alone))]
+def _run_rank(works: Sequence[tuple[Case, Plan, Mapping[Kind, Ties]]]) -> list[Trace | str]:
+    found: list[Trace | str] = []
+    for case, plan, ties in works:
+        try:
+            found.append(trace_rank(case, plan, ties))
+        except (PlanError, DataError) as refusal:
+            found.append(f"refused: {refusal}")
+    return found
 
 
 def degrees(plan: Plan) -> int:

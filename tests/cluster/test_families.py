@@ -14,8 +14,10 @@ from rank_pool import RankPools
 
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import Trace, compare
-from trainfleet.training.verify import Case, otherwise_rounded, reference_case, trace
+from trainfleet.training.case import Case
+from trainfleet.training.reference import Reference
+from trainfleet.training.trace import trace
+from trainfleet.training.verdict import Trace
 
 PLANS = [
     Plan(zero=3),
@@ -36,16 +38,13 @@ def on_ranks(family: str, plan: Plan) -> Trace:
         return trace(case_of(family), plan, mesh)
 
 
-def on_one(family: str, plan: Plan, ranks: int) -> list[Trace]:
-    with Mesh.from_env(plan) as mesh:
-        case = reference_case(case_of(family), ranks)[0]
-        return [trace(each, alone, mesh) for each, alone in [(case, plan), *otherwise_rounded(case, plan)]]
+def on_one(family: str, plan: Plan, ranks: int) -> Reference:
+    return Reference.of(case_of(family), plan, ranks)
 
 
 def holds(ranks: RankPools, family: str, plan: Plan) -> None:
-    alone = Plan(precision=plan.precision, loss_scale=plan.loss_scale)
-    reference, *rounded = ranks(1, on_one, family, alone, plan.data_ranks(2))[0]
-    verdict = compare(reference, ranks(2, on_ranks, family, plan)[0], plan.precision, rounded=rounded)
+    reference = ranks(1, on_one, family, plan, plan.data_ranks(2))[0]
+    verdict = reference.verdict(ranks(2, on_ranks, family, plan))
     assert verdict.holds, str(verdict)
 
 

@@ -21,8 +21,9 @@ from rank_pool import RankPools  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.parallel.blocks import find_blocks  # noqa: E402
 from trainfleet.plan import LossScale, Plan  # noqa: E402
+from trainfleet.training.case import Case, comparable, together  # noqa: E402
+from trainfleet.training.trace import trace  # noqa: E402
 from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, compare  # noqa: E402
-from trainfleet.training.verify import Case, reference_case, trace  # noqa: E402
 
 STEPS = 20
 DEADLINE_SECONDS = 900.0  # for forty cells, on a machine that does other things too
@@ -134,7 +135,7 @@ def reference_traces(cells: list[Cell]) -> list[Trace]:
     for cell in cells:
         plan = plan_of(cell._replace(zero=0, recompute="none"))
         with Mesh.from_env(plan) as mesh:
-            found.append(trace(reference_case(case_of(cell), cell.world_size)[0], plan, mesh))
+            found.append(trace(together(comparable(case_of(cell), plan)[0], cell.world_size), plan, mesh))
     return found
 
 

@@ -16,8 +16,9 @@ from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
+from trainfleet.training.case import Case, comparable, together  # noqa: E402
+from trainfleet.training.trace import trace  # noqa: E402
 from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, compare, joined  # noqa: E402
-from trainfleet.training.verify import Case, reference_case, trace  # noqa: E402
 
 
 def build(model: str, options: dict[str, Any]) -> Any:
@@ -117,9 +118,9 @@ def test_other_axes_go_with_stages(ranks: RankPools, schedule: Any, plan: Any) -
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_batch_statistics_are_those_of_all_data_parallel_ranks(ranks: RankPools, schedule: Any) -> None:
     plan = Plan(pp=2, schedule=schedule)
-    case, _ = reference_case(case_of("convolutional"), 2)
-    expected = ranks(1, traced, case, Plan())[0]
-    found = joined(ranks(4, traced, replace(case_of("convolutional"), build=case.build), plan))
+    case, _, _ = comparable(case_of("convolutional"), plan)
+    expected = ranks(1, traced, together(case, 2), Plan())[0]
+    found = joined(ranks(4, traced, case, plan))
     verdict = compare(expected, found, "fp32", slack=CONCATENATED_SLACK["fp32"])
     assert verdict.holds, str(verdict)
 

@@ -24,7 +24,7 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, parallelize
 from trainfleet.parallel.engine import call_with_batch
 from trainfleet.plan import LossScale, Plan
-from trainfleet.training.verify import Case
+from trainfleet.training.case import Case
 
 TRANSFORMER = MODELS["transformer"]
 

@@ -15,8 +15,9 @@ from trainfleet.comm.group import Group
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.randomness import mixed, number_in_step, seed_micro_batch
 from trainfleet.plan import Plan
+from trainfleet.training.case import Case, together
+from trainfleet.training.trace import trace
 from trainfleet.training.verdict import Trace, compare
-from trainfleet.training.verify import Case, reference_case, trace
 
 DROPOUT = MODELS["transformer"]
 
@@ -72,7 +73,7 @@ def case(accumulation: int) -> Case:
 
 def traced(accumulation: int, plan: Plan, ranks: int) -> Trace:
     with Mesh.from_env(plan) as mesh:
-        return trace(reference_case(case(accumulation), ranks)[0], plan, mesh)
+        return trace(together(case(accumulation), ranks), plan, mesh)
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(zero=3, recompute="blocks")], ids=str)

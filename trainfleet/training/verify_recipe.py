@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
+from trainfleet.training.case import Case
 from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.job import Given, build_model
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.verdict import Verdict
-from trainfleet.training.verify import Case, prove
+from trainfleet.training.verify import prove
 
 if TYPE_CHECKING:
     from torch import nn
