@@ -39,7 +39,7 @@ def gradients(total: Tensor, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("rows", [1, 5, 37, 100])
 def test_it_is_the_plain_loss_in_stretches_of_any_length(rows: int) -> None:
     hidden, weight, bias, targets = arguments()
-    loss = linear_cross_entropy(hidden, weight, targets, bias, chunk_bytes=rows * VOCABULARY * 4)
+    loss = linear_cross_entropy(hidden, weight, targets, bias, rows=rows)
     plain = cross_entropy(linear(hidden, weight, bias), targets, reduction="sum")
     assert loss.weight == TOKENS - 2
     for ours, theirs in zip(gradients(loss.total, hidden, weight, bias), gradients(plain, hidden, weight, bias)):
@@ -68,7 +68,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 def test_under_autocast_products_are_narrow_and_sums_wide(dtype: torch.dtype) -> None:
     hidden, weight, bias, targets = arguments(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        ours = gradients(linear_cross_entropy(hidden, weight, targets, bias, chunk_bytes=2000).total, hidden, weight)
+        ours = gradients(linear_cross_entropy(hidden, weight, targets, bias, rows=5).total, hidden, weight)
         logits = linear(hidden, weight, bias).float()
         plain = gradients(cross_entropy(logits, targets, reduction="sum"), hidden, weight)
     exact = gradients(cross_entropy(linear(hidden, weight, bias), targets, reduction="sum"), hidden, weight)
@@ -93,7 +93,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_all_tokens_never_exist() -> None:
     hidden, weight = torch.randn(512, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
     with Largest() as largest:
-        linear_cross_entropy(hidden, weight, torch.randint(300, (512,)), chunk_bytes=8 * 300 * 4).total.backward()
+        linear_cross_entropy(hidden, weight, torch.randint(300, (512,)), rows=8).total.backward()
     assert largest.numbers <= 8 * 300
 
 
@@ -125,7 +125,7 @@ class Speaker(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> LossSum:
         hidden = self.middle(self.embedding(tokens)).tanh()
         if self.fused:
-            return linear_cross_entropy(hidden, self.embedding.weight, targets, chunk_bytes=3 * VOCABULARY * 4)
+            return linear_cross_entropy(hidden, self.embedding.weight, targets, rows=3)
         logits = linear(hidden, self.embedding.weight).float()
         return LossSum(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel())
 

@@ -24,6 +24,8 @@ from trainfleet.loss import LossSum
 
 CHUNK_BYTES = 16 << 20
 """Float32 logits held at a time. On a CPU smaller stretches make slower products, larger ones leave its caches."""
+LEAST_ROWS = 256
+"""Tokens in a stretch, however large the vocabulary: each stretch goes once through all of the weight's gradient."""
 
 
 def linear_cross_entropy(
@@ -33,13 +35,14 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     ignore_index: int = -100,
-    chunk_bytes: int = CHUNK_BYTES,
+    rows: int | None = None,
 ) -> LossSum:
     """The sum of -log softmax(hidden @ weight.T + bias)[target] over all tokens, and their number.
 
     `hidden` is [..., D] and `targets` [...] (int64); `weight` [V, D] and `bias` [V] are those of the last layer. A
     target of `ignore_index` does not count. Products are in the dtype of autocast, or of the arguments; the softmax,
-    the loss and the sum of the weight's gradient over stretches in float32 or wider. Call it inside of the model, where
+    the loss and the sum of the weight's gradient over stretches in float32 or wider. A stretch has `rows`
+    tokens; None takes as many as have 16 MiB of logits, and no fewer than 256. Call it inside of the model, where
     sharded weights are gathered. Gradients once, not of gradients.
     Raises DataError where shapes do not fit or a target is outside of the vocabulary.
     """
@@ -49,7 +52,7 @@ def linear_cross_entropy(
         total = functional.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
         return LossSum(total, (targets != ignore_index).sum())
     _refuse_misfits(hidden, weight, targets, ignore_index)
-    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    rows = rows or max(LEAST_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
     total = _Fused.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index, rows)  # type: ignore[no-untyped-call]
     return LossSum(total, (targets != ignore_index).sum())
 
