@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -23,6 +24,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.parallel.pipeline.cut import Elsewhere
+from trainfleet.parallel.tensor.channels import gathered, has_own_channels, in_place_of, own
+from trainfleet.parallel.tensor.exchange import local_of, whole_of
 
 _RUNNING = ("running_mean", "running_var")
 
@@ -66,13 +69,28 @@ class SyncedBatchNorm(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         # float32 at least: under autocast the input is narrow, and sums over a batch are long.
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
-        output, mean, variance, count = _Normalise.apply(wide, self.weight, self.bias, self.eps, self.group)  # type: ignore[no-untyped-call]
+        output, mean, variance, count = self._normalised(wide)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             share: Any = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
             _move(self.running_mean, mean, share)
             _move(self.running_var, variance * (count / (count - 1).clamp(min=1)), share)
-        return output.to(input.dtype)  # type: ignore[no-any-return]
+        return output.to(input.dtype)
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(output, mean, variance, count); of pieces, each rank normalises its channels, or all of them."""
+        affine = [self.weight, self.bias]
+        if not isinstance(x, DTensor):
+            return _Normalise.apply(x, *affine, self.eps, self.group)  # type: ignore[no-any-return,no-untyped-call]
+        if has_own_channels(x):
+            parts = [own(each, x.device_mesh) for each in affine]
+            output, *found, count = _Normalise.apply(local_of(x), *parts, self.eps, self.group)  # type: ignore[no-untyped-call]
+            mean, variance = gathered(x.device_mesh, *found)
+            return in_place_of(output, x), mean, variance, count
+        wholes = [whole_of(each) if isinstance(each, DTensor) else each for each in affine]
+        output, mean, variance, count = _Normalise.apply(whole_of(x), *wholes, self.eps, self.group)  # type: ignore[no-untyped-call]
+        copies = [Replicate()] * x.device_mesh.ndim
+        return DTensor.from_local(output, x.device_mesh, copies, run_check=False), mean, variance, count
 
 
 class _Normalise(torch.autograd.Function):

@@ -87,14 +87,20 @@ def test_what_the_plan_names_stays_whole():
         find_regions(build("separate"), 2, ["Nobody"])
 
 
-def test_layers_tied_to_others_and_batch_statistics_stay_whole():
+def test_layers_tied_to_others_stay_whole():
     model = build("perceptron")
     model.blocks[0].parts[0].up.weight = model.blocks[1].parts[0].up.weight
-    with pytest.raises(PlanError, match="no linear layers that can be split"):
+    with pytest.raises(PlanError, match="no layers that can be split"):
         find_regions(model, 2)
-    normed = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
-    with pytest.raises(PlanError, match="no linear layers that can be split"):
+
+
+def test_batch_statistics_that_a_norm_exchanges_itself_keep_layers_whole():
+    normed = nn.Sequential(nn.Linear(8, 8), nn.SyncBatchNorm(8), nn.Linear(8, 8))
+    with pytest.raises(PlanError, match="no layers that can be split"):
         find_regions(normed, 2)
+    assert [r.rows for r in find_regions(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)), 2)] == [
+        ("2",)
+    ]
 
 
 def test_what_does_not_divide_is_refused_with_what_would():
@@ -107,5 +113,5 @@ def test_what_does_not_divide_is_refused_with_what_would():
 
 
 def test_a_model_without_pairs_is_refused():
-    with pytest.raises(PlanError, match=r"plan\.tp is 2, but Linear has no linear layers that can be split"):
+    with pytest.raises(PlanError, match=r"plan\.tp is 2, but Linear has no layers that can be split"):
         find_regions(nn.Linear(4, 4), 2)

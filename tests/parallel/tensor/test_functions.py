@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from piecewise import differences
 from rank_pool import RankPools
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
-from trainfleet.mesh import Mesh
-from trainfleet.parallel.tensor.exchange import placed
 from trainfleet.parallel.tensor.functions import ASKED, ON_PIECES
-from trainfleet.parallel.tensor.region import on_pieces
-from trainfleet.plan import Plan
 
 SHAPE = (4, 6, 12)
 ONES, WEIGHT = torch.ones(12), torch.linspace(-1, 1, 60).view(5, 12)
@@ -44,6 +41,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "waves": lambda x: x.sin() + x.cos() + x.erf() + x.clamp(-1, 1) + x.clamp_min(0) + x.clamp_max(0.5),
     "activations": lambda x: F.gelu(x) + F.silu(x) + F.relu(x) + x.sigmoid() + x.tanh() + F.mish(x) + F.softplus(x),
     "more activations": lambda x: F.leaky_relu(x) + F.elu(x) + F.gelu(x, approximate="tanh"),
+    "scaled activations": lambda x: F.selu(x) + F.celu(x),
     "choices": lambda x: torch.where(x > 0, x, -x) + x.masked_fill((x < -1) | (x > 1), 3.0) + torch.minimum(x, x * x),
     "comparisons": lambda x: x * ((x >= 0) & ~(x <= -1)).float() + torch.maximum(x, -x) + (x != 0).to(x.dtype),
     "casts": lambda x: x.double().float() + x.to(torch.float64).type_as(x) + x.contiguous() + x.clone() + x.detach(),
@@ -81,43 +79,11 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def compute(name: str, placement: Any) -> list[Tensor]:
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
-
-    def forward(x: Tensor) -> Tensor:
-        if placement is not None:
-            x = placed(x, placement)
-        return CALLS[name](x)
-
-    torch.manual_seed(1)
-    if placement is None:
-        y = forward(x)
-    else:
-        with Mesh.from_env(Plan(tp=2)) as mesh:
-            y = on_pieces(forward, name, mesh.torch["tp"])(x)
-            (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
-            return [y.detach(), x.grad]
-    (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
-    return [y.detach(), x.grad]
-
-
 PLACEMENTS = (Shard(0), Shard(1), Shard(2), Replicate())
 
 
 def wrong(placements: tuple[Any, ...]) -> list[str]:
-    found = []
-    for name in CALLS:
-        expected = compute(name, None)
-        for placement in placements:
-            try:
-                pairs = list(zip(expected, compute(name, placement), ("value", "gradient"), strict=True))
-            except Exception as exc:
-                found.append(f"{name}, {placement}: {exc}"[:300])
-                continue
-            for one, other, what in pairs:
-                if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
-                    found.append(f"{name}, {placement}: {what}")
-    return found
+    return differences(CALLS, placements, SHAPE)
 
 
 def test_pieces_of_the_last_dimension_give_what_the_whole_gives(ranks: RankPools) -> None:

@@ -88,7 +88,10 @@ def test_llama_of_transformers_is_split_as_it_says():
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"columns": ["norm"]}, r"plan\.tp_columns names 'norm', and norm is a LayerNorm, which is no linear layer"),
+        (
+            {"columns": ["norm"]},
+            r"plan\.tp_columns names 'norm', and norm is a LayerNorm, which is no linear layer or conv",
+        ),
         ({"rows": ["Nobody"]}, r"plan\.tp_rows names 'Nobody', but no module"),
         ({"rows": ["head"], "columns": ["head"]}, r"head is named by both plan\.tp_columns and plan\.tp_rows"),
     ],

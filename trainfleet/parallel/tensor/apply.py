@@ -126,7 +126,7 @@ def _placements(model: nn.Module, regions: Sequence[Region]) -> dict[int, Placem
             assert layer is not None
             is_column = name in region.columns
             found |= {id(parameter): Shard(0) for parameter in module.parameters() if is_column}
-            found[id(module.weight)] = Shard(layer.out_dim if is_column else 1 - layer.out_dim)
+            found[id(module.weight)] = Shard(layer.split_dim(is_column=is_column))
     return found
 
 

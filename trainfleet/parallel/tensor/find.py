@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import is_named
+from trainfleet.parallel.tensor.chains import convolution_regions
 from trainfleet.parallel.tensor.given import given_layers, given_regions
 from trainfleet.parallel.tensor.layer import Layer, Region, called_by, is_in_list, layer_of
 
@@ -39,17 +40,33 @@ def find_regions(
     given = given_layers(model, size, columns, rows, left_whole)
     found = given_regions(model, given, left_whole)
     _find(model, "", True, left_whole | set(given), found)
+    found = _joined(found, convolution_regions(model, size, left_whole | set(given)))
     shared = _shared_outside(model, found)
     regions = [region for region in found if not (shared & {id(p) for p in region.module.parameters()})]
     _refuse_shared([region for region in found if region not in regions])
     if not regions:
         raise PlanError(
-            f"plan.tp is {size}, but {type(model).__name__} has no linear layers that can be split: no module in which "
-            "one follows the other, as in attention or a perceptron. Set tp to 1."
+            f"plan.tp is {size}, but {type(model).__name__} has no layers that can be split: no module in which one "
+            "linear layer or convolution follows the other, as in attention or a perceptron. Set tp to 1, or name "
+            "layers in plan.tp_columns."
         )
     for region in regions:
         _refuse_indivisible(model, region, size)
     return regions
+
+
+def _joined(linear: Sequence[Region], convolutions: Sequence[Region]) -> list[Region]:
+    """Regions of both kinds. Of a module that holds other regions, convolutions stay whole: all of it would be one."""
+    kept = {region.module: region for region in linear}
+    for region in convolutions:
+        inside = set(region.module.modules()) - {region.module}
+        if inside & {other.module for other in linear}:
+            continue
+        if (other := kept.get(region.module)) is not None:
+            both = {"columns": other.columns + region.columns, "rows": other.rows + region.rows}
+            region = replace(other, **both)  # type: ignore[arg-type]
+        kept[region.module] = region
+    return list(kept.values())
 
 
 def _refuse_shared(dropped: Sequence[Region]) -> None:
@@ -85,7 +102,7 @@ def _find(
     for child_name, child in called_by(module, name):
         if child in left_whole:
             continue
-        if (layer := layer_of(child)) is not None:
+        if (layer := layer_of(child)) is not None and not layer.is_convolution:
             linears.append((child_name, layer))
         else:
             strays = _find(child, child_name, False, left_whole, found)
@@ -93,8 +110,8 @@ def _find(
             if not is_root and not isinstance(module, nn.Sequential) and not is_in_list(module, child):
                 linears += strays
     pairs = group(linears)
-    # Batch normalisation exchanges its statistics in a way of its own, which knows no pieces.
-    if not pairs or any(isinstance(inner, _BatchNorm) for inner in module.modules()):
+    # This one exchanges its statistics in a way of its own, which knows no pieces.
+    if not pairs or any(isinstance(inner, nn.SyncBatchNorm) for inner in module.modules()):
         return [(n, linear) for n, linear in linears if "." not in n[len(name) + 1 :]]
     found.append(
         Region(
@@ -165,9 +182,16 @@ def _refuse_indivisible(model: nn.Module, region: Region, size: int) -> None:
                 raise _indivisible(size, attribute, heads, region.name)
     for names, what in ((region.columns, "out_features"), (region.rows, "in_features")):
         for name in names:
-            features = getattr(layer_of(model.get_submodule(name)), what)
-            if features % size:
-                raise _indivisible(size, what, features, name)
+            layer = layer_of(model.get_submodule(name))
+            assert layer is not None
+            if layer.groups > 1 and what == "in_features":
+                raise PlanError(
+                    f"plan.tp_rows names {name}, a convolution of {layer.groups} groups, which is split by those. Name "
+                    "it in plan.tp_columns."
+                )
+            value = layer.groups if layer.groups > 1 else getattr(layer, what)
+            if value % size:
+                raise _indivisible(size, "groups" if layer.groups > 1 else what, value, name)
 
 
 def _indivisible(size: int, what: str, value: int, name: str) -> PlanError:

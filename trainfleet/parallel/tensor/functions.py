@@ -20,6 +20,7 @@ BY_ELEMENT = frozenset(
         *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "neg", "abs", "square", "pow"),
         *("exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "erf", "clamp", "clamp_min", "clamp_max"),
         *("sigmoid", "tanh", "relu", "gelu", "silu", "mish", "softplus", "leaky_relu", "elu"),
+        *("selu", "celu"),
         *("where", "masked_fill", "minimum", "maximum"),
         *("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or"),
         *("to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach"),

@@ -1,4 +1,4 @@
-"""Which linear layers somebody has said how to split: the plan, and the model's own `tp_plan` of transformers."""
+"""Which layers somebody has said how to split: the plan, and the model's own `tp_plan` of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import is_named
@@ -58,8 +57,8 @@ def given_layers(
 def _refuse(key: str, pattern: str, name: str, module: nn.Module, kind: str, given: Mapping[nn.Module, Given]) -> None:
     if layer_of(module) is None:
         raise PlanError(
-            f"plan.{key} names {pattern!r}, and {name} is a {type(module).__name__}, which is no linear layer that can "
-            "be split. Name the linear layers themselves."
+            f"plan.{key} names {pattern!r}, and {name} is a {type(module).__name__}, which is no linear layer or "
+            "convolution that can be split. Name the layers themselves."
         )
     if module in given and given[module].kind != kind:
         raise PlanError(f"{name} is named by both plan.tp_columns and plan.tp_rows. Leave it in one of them.")
@@ -78,7 +77,11 @@ def _of_model(model: nn.Module, size: int) -> dict[str, tuple[nn.Module, Kind]]:
             for name, module in model.named_modules() if kind else ():
                 layer = layer_of(module) if is_named(name, module, pattern) and "." + inner in "." + pattern else None
                 # A layer whose output is gathered has no partner that must be split as it is.
-                is_whole = layer is None or (style not in ("colwise", "rowwise") and layer.out_features % size)
+                is_whole = (
+                    layer is None
+                    or layer.is_convolution
+                    or (style not in ("colwise", "rowwise") and layer.out_features % size)
+                )
                 if kind and not is_whole:
                     found[name] = (module, kind)
     return found
@@ -128,7 +131,7 @@ def _walk(
             pending += strays
     columns = tuple(each.name for _, each in pending if each.kind == "column")
     rows = tuple(each.name for _, each in pending if each.kind == "row")
-    if not (columns and rows) or any(isinstance(inner, _BatchNorm) for inner in module.modules()):
+    if not (columns and rows) or any(isinstance(inner, nn.SyncBatchNorm) for inner in module.modules()):
         return pending
     sources = sorted({each.source for _, each in pending})
     found.append(Region(name=name, module=module, columns=columns, rows=rows, source=" and ".join(sources)))

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from trainfleet.batch import arrays, map_arrays
 from trainfleet.errors import PlanError
 from trainfleet.parallel.tensor.attention import split_attention
+from trainfleet.parallel.tensor.channels import BY_CHANNEL
+from trainfleet.parallel.tensor.convolution import CONVOLUTIONS
 from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import OUTER, placed, whole_of
 from trainfleet.parallel.tensor.functions import chunk, iterate, split, splits, unbind
@@ -37,6 +39,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.__iter__: iterate,
     torch.nn.functional.embedding: split_embedding,
     torch.nn.functional.cross_entropy: split_cross_entropy,
+    **CONVOLUTIONS,
+    **BY_CHANNEL,
 }
 """They get (mesh, compute whole, arguments of the function …) and have rules of their own."""
 

@@ -42,6 +42,7 @@ def vocabulary_regions(
         for name, module in model.named_modules()
         if (layer := layer_of(module)) is not None
         and layer.out_features in counts
+        and not layer.is_convolution
         and name not in paired
         and module not in left_whole
     }
