@@ -20,7 +20,7 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks see different data."""
 
 EXPERT_AXES = ("ep_replicate", "ep")
-"""The same ranks where experts are dealt out: the first axis holds those with equal experts."""
+"""The same ranks, and those of cp, where experts are dealt out: the first axis holds those with equal experts."""
 
 # Making process groups costs threads, ports and, on GPUs, memory: meshes of equal degrees share theirs.
 _made: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[DeviceMesh, ProcessGroup]] = {}
@@ -101,7 +101,8 @@ class Mesh(Axes):
         self.gradient_axes = gradient_axes or data_axes
         """The Group of all ranks that hold the same parameters, whole or sharded: gradients are averaged over it."""
         self.experts = experts
-        """The ranks that see different data on the axes ep_replicate and ep, where plan.ep deals out experts."""
+        """The ranks that see other tokens (dp_replicate x dp_shard x cp) on the axes ep_replicate and ep, where plan.ep
+        deals out experts."""
         self._owns_process_group = owns_process_group
 
     @classmethod
@@ -140,9 +141,11 @@ class Mesh(Axes):
         groups: dict[str, Group] = {name: TorchGroup(device_mesh.get_group(name), name=name) for name in axes}
         experts = None
         if plan.ep > 1:
-            replicas = plan.data_ranks(environment.world_size) // plan.ep
-            others = {axis: degree for axis, degree in axes.items() if axis not in DATA_AXES}
-            whole, _ = _device_mesh(device_type, dict(zip(EXPERT_AXES, (replicas, plan.ep))) | others, timeout)
+            replicas = plan.data_ranks(environment.world_size) * plan.cp // plan.ep
+            stages = {axis: degree for axis, degree in axes.items() if axis == "pp"}
+            inner = {axis: degree for axis, degree in axes.items() if axis == "tp"}
+            dealt_out = dict(zip(EXPERT_AXES, (replicas, plan.ep)))
+            whole, _ = _device_mesh(device_type, stages | dealt_out | inner, timeout)
             experts = whole[EXPERT_AXES]
             groups |= {name: TorchGroup(whole.get_group(name), name=name) for name in EXPERT_AXES}
         world = dist.group.WORLD

@@ -52,7 +52,7 @@ class Plan:
     3 the parameters too (ZeRO, arXiv:1910.02054), over `dp_shard` ranks; `dp_replicate` groups of those
     repeat it. A degree of None takes what the world size leaves. `tp` ranks share each layer, `cp` groups of those
     share each sequence, and `pp` groups of all these hold the layers one after the other. `ep` of the ranks that see
-    different data share the experts.
+    different data, or other pieces of it, share the experts.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -73,7 +73,7 @@ class Plan:
     for heads."""
     ep: int = 1
     """Ranks over which the experts of a mixture are dealt out (expert parallelism); they are some of those that see
-    different data."""
+    different data or other pieces of sequences."""
     pp: int = 1
     """Ranks over which the layers are dealt out in turn (pipeline)."""
     schedule: Schedule = "1f1b"
@@ -241,11 +241,6 @@ class Plan:
             raise PlanError("plan.compile is set with plan.engine = 'deepspeed'. Leave one of them out.")
 
     def _refuse_of_context(self) -> None:
-        if self.pp > 1:
-            raise PlanError(
-                f"plan.cp is {self.cp} with plan.pp = {self.pp}; the stages of a pipeline do not split sequences yet. "
-                "Set one of them to 1; cp goes with data parallelism, zero and tp."
-            )
         if self.compile:
             raise PlanError(
                 f"plan.compile is set with plan.cp = {self.cp}; split sequences are not compiled yet. "
@@ -253,13 +248,6 @@ class Plan:
             )
 
     def _refuse_of_experts(self) -> None:
-        for name in ("cp", "pp"):
-            if getattr(self, name) > 1:
-                raise PlanError(
-                    f"plan.ep is {self.ep} with plan.{name} = {getattr(self, name)}; experts are dealt out over "
-                    f"ranks that see different data, and not beside {name} yet. Set one of "
-                    "them to 1; ep goes with data parallelism, zero and tp."
-                )
         if self.compile:
             raise PlanError(
                 f"plan.compile is set with plan.ep = {self.ep}; tokens that travel are not compiled yet. "
@@ -296,7 +284,7 @@ class Plan:
     def fewest_ranks(self) -> int:
         """The fewest processes on which every degree of this plan shows; at least 2."""
         of_data = (self.dp_replicate or 1) * (self.dp_shard or (2 if self.zero and not self.dp_replicate else 1))
-        return max(2, math.lcm(of_data, self.ep) * self.tp * self.cp * self.pp)
+        return max(2, math.lcm(of_data * self.cp, self.ep) * self.tp * self.pp)
 
     def data_ranks(self, world_size: int) -> int:
         """How many of `world_size` ranks see different data, or PlanError."""
@@ -332,8 +320,8 @@ class Plan:
                 f"The plan needs {names} = {degrees} = {needed} processes, "
                 f"but there are {world_size}. Start {needed}, or change the plan."
             )
-        if for_data % self.ep:
-            _quotient(for_data, self.ep, "ep")
+        if for_data * self.cp % self.ep:
+            _quotient(for_data * self.cp, self.ep, "ep")
         return replace(self, dp_replicate=replicate, dp_shard=shard)
 
     def __str__(self) -> str:

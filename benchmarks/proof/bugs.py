@@ -195,6 +195,22 @@ def future_in_the_ring() -> None:
     )
 
 
+def piece_of_another_rank() -> None:
+    from trainfleet.parallel.context.handover import Handover
+    from trainfleet.parallel.tensor.exchange import whole_of
+
+    def make(leaving: Any) -> Any:
+        def of_another(self: Any, tensor: Any) -> Tensor:
+            is_sequence = isinstance(tensor, DTensor) and tensor.ndim > 1 and tensor.shape[1] == self.length
+            if is_sequence:
+                tensor = whole_of(tensor).roll(self.length // 2, 1)
+            return leaving(self, tensor)  # type: ignore[no-any-return]
+
+        return of_another
+
+    _replace(Handover, "leaving", make)
+
+
 def stale_tied_weight() -> None:
     from trainfleet.parallel.pipeline import engine
 
@@ -258,6 +274,8 @@ BUGS = [
         at=r"step 1, micro-batch 1, output of blocks.0.attention"),
     Bug(name="the ring lets positions see later ones", plan=spread(cp=2), plant=future_in_the_ring,
         at=r"step 1, micro-batch 1, output of blocks.0.attention"),
+    Bug(name="a stage hands on the piece of another rank", plan=spread(cp=2, pp=2), plant=piece_of_another_rank,
+        at=r"step 1, micro-batch 1, output of blocks.2"),
     Bug(name="a tied weight gets the gradient of one stage", plan=spread(pp=2), plant=stale_tied_weight,
         at=r"step 1, gradient of transformer.wte.weight", model="gpt2"),
     Bug(name="a micro-batch's gradient is lost between stages", plan=spread(pp=2), plant=gradient_lost_between_stages,

@@ -64,9 +64,10 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
         split = split_stages(pipeline, mesh, plan) if plan.tp > 1 else None
     else:
         split = split_model(model, mesh.sharding["tp"], plan) if plan.tp > 1 else None
+    whole = pipeline.shadow.model if pipeline is not None else None
     if mesh.experts is not None:
-        split_experts(model, mesh.experts)
-    context = split_context(model, blocks, mesh, plan) if plan.cp > 1 else None
+        split_experts(model, mesh.experts, whole=whole)
+    context = split_context(model, blocks, mesh, plan, whole=whole) if plan.cp > 1 else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     device_type = torch.device(mesh.device).type

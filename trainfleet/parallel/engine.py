@@ -159,7 +159,7 @@ class NativeEngine:
         work.wait()
         total, weight, ways, squares, *used = message.tolist()
         self._lockstep.check(ways, squares)
-        self._usage.drop_unused(used)
+        self._drop_unused(used)
         self._finish_gradients(weight, scale)
         return LossSum(total, weight)
 
@@ -197,6 +197,14 @@ class NativeEngine:
         self.spread.average.send()  # on all ranks first, also on one whose backward reached nothing
         message = torch.cat([sums, sums.new_tensor(self._lockstep.numbers()), self._usage.bits(sums.device)])
         return message, self.mesh.data_axes.all_reduce_(message)
+
+    def _drop_unused(self, used: list[float]) -> None:
+        """Given how many ranks that see different data used each parameter here."""
+        if self.plan.ep > 1 and self.plan.cp > 1:  # those of other positions hold other experts
+            counts = torch.tensor(used, dtype=torch.float64, device=self.mesh.device)
+            self.mesh["cp"].all_reduce_(counts).wait()
+            used = counts.tolist()
+        self._usage.drop_unused(used)
 
     def _finish_gradients(self, weight: float, scale: float) -> None:
         # Ranks have averaged the gradients of total * scale / divisor; the step's is that of sum(total) / sum(weight).

@@ -12,11 +12,11 @@ def axes_of(tensor: Tensor) -> tuple[str, ...]:
     """The axes that `tensor` lies on, split or copied; none where it is no DTensor.
 
     What lies on dp_shard lies on cp too, for that axis of `mesh.sharding` holds the ranks of both. The axes of experts
-    that are dealt out, ep_replicate and ep, hold the ranks of dp_replicate and dp_shard.
+    that are dealt out, ep_replicate and ep, hold the ranks of dp_replicate, dp_shard and cp.
     """
     names = tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
     if "ep" in names:
-        return (*names, "dp_replicate", _OF_DATA)
+        return (*names, "dp_replicate", _OF_DATA, "cp")
     return (*names, "cp") if _OF_DATA in names else names
 
 

@@ -14,12 +14,15 @@ from trainfleet.parallel.recompute import stop_caching
 from trainfleet.plan import Plan
 
 
-def split_context(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan) -> Context:
+def split_context(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan, *, whole: nn.Module | None = None
+) -> Context:
     """Let `model` split sequences over the axis cp of `mesh`, in place; `blocks` are what may be recomputed.
 
+    `whole` is the model of which `model` holds but some stages; a pipeline splits sequences where it trains, by itself.
     Raises PlanError before anything is changed where that cannot be.
     """
-    for name, module in model.named_modules():
+    for name, module in (whole or model).named_modules():
         if isinstance(module, _BatchNorm) and plan.sync_batch_stats:
             raise PlanError(
                 f"plan.cp is {plan.cp}, and {name} is a {type(module).__name__}, whose statistics are those of all "
@@ -31,5 +34,6 @@ def split_context(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, pla
     if plan.recompute != "none":
         for block in blocks:
             block.forward = context.reentering(block.forward)  # type: ignore[method-assign]
-    context.on_calls(model)
+    if whole is None:
+        context.on_calls(model)
     return context

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import OUTER, placed, whole_of
 from trainfleet.parallel.tensor.functions import ASKED, BY_ELEMENT, chunk, iterate, split, splits, unbind
 from trainfleet.parallel.tensor.region import mapped, writes
-from trainfleet.parallel.torch_private import EnoughRecomputed, StridedShard
+from trainfleet.parallel.torch_private import EnoughRecomputed, StridedShard, function_modes
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +72,26 @@ class Context:
 
         Where the ranks do not divide the sequence, all of it is computed by each; DataError then, if `strict`.
         """
-        length = length_of(batch, self.mesh.size(), strict=strict)
+        pieces, length = self.split(batch, strict=strict)
         if length is None:
             return compute(batch)
+        with self.on_pieces(length):
+            result = compute(pieces)
+        return map_arrays(_whole, result)
+
+    def split(self, batch: Batch, *, strict: bool = False) -> tuple[Batch, int | None]:
+        """The batch in pieces, and the length of its sequences; None where it stays whole, as `run` says."""
+        length = length_of(batch, self.mesh.size(), strict=strict)
+        if length is None:
+            return batch, None
         if not self._length:
             logger.info("Context parallel over %d ranks: %s.", self.mesh.size(), described(batch, length))
         self._length = length
-        pieces = split_sequences(batch, self.mesh, length)
-        with self._entered(OnPieces(self, self.mesh, length)):
-            result = compute(pieces)
-        return map_arrays(_whole, result)
+        return split_sequences(batch, self.mesh, length), length
+
+    def on_pieces(self, length: int) -> AbstractContextManager[None]:
+        """Inside, this thread computes on pieces of sequences of `length`."""
+        return self._entered(OnPieces(self, self.mesh, length))
 
     def reentering(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` on pieces also where it runs outside of `run`, as what is recomputed in backward does."""
@@ -90,7 +100,9 @@ class Context:
         def entered(*args: Any, **kwargs: Any) -> Any:
             if self.mode is not None or not self._has_pieces((args, kwargs)):
                 return forward(*args, **kwargs)
-            with self._entered(OnPieces(self, self.mesh, self._length)):
+            # What is recomputed is in the modes of its forward; in a pipeline, others may have begun since.
+            lengths = [mode.length for mode in function_modes() if isinstance(mode, OnPieces) and mode.is_of(self)]
+            with self.on_pieces(lengths[0] if lengths else self._length):
                 return forward(*args, **kwargs)
 
         return entered
@@ -140,6 +152,9 @@ class OnPieces(TorchFunctionMode):
         self._context = context
         self._axis = names(mesh).index(AXIS)
         self._said = context._said
+
+    def is_of(self, context: Context) -> bool:
+        return self._context is context
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -13,6 +13,7 @@ from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.blocks import is_named
 from trainfleet.parallel.engine import call_with_batch
+from trainfleet.parallel.experts.apply import by_shape
 from trainfleet.parallel.pipeline.cut import is_held
 from trainfleet.parallel.pipeline.pipe import Pipeline
 from trainfleet.parallel.pipeline.record import record
@@ -44,6 +45,7 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     given = {"columns": plan.tp_columns, "rows": plan.tp_rows}
     regions = [region.name for region in find_regions(model, plan.tp, whole, **given)] if plan.tp > 1 else []
     shadow = Shadow(model, mesh.device)
+    by_shape(shadow.model)
     cast_compute(shadow.model, plan, torch.device(mesh.device).type)
     shadow.watch(leaves)
     shadow.model.train()

@@ -6,9 +6,10 @@ added as one process adds them; the loss is taken by the rank of the last stage,
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from trainfleet.batch import Batch, to_device
 from trainfleet.loss import LossSum
 from trainfleet.parallel.clip import gradient_norm
+from trainfleet.parallel.context.handover import Handover
 from trainfleet.parallel.engine import NativeEngine, as_numbers, checked_loss, evaluating
+from trainfleet.parallel.layout import is_split_over
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pipeline.flow import Flow, run_forward
 from trainfleet.parallel.pipeline.pipe import Pipeline
@@ -59,6 +62,10 @@ class PipelineEngine(NativeEngine):
             if plan.recompute != "none"
             else f"plan.tp={plan.tp}"
             if plan.tp > 1
+            else f"plan.cp={plan.cp}"
+            if plan.cp > 1
+            else f"plan.ep={plan.ep}"
+            if plan.ep > 1
             else "plan.compile"
             if plan.compile
             else None
@@ -77,8 +84,7 @@ class PipelineEngine(NativeEngine):
     def _run_schedule(self, batches: list[Batch]) -> LossSum:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         scale = self.loss_scale or 1.0
-        programs = [self.pipeline.program(self._forward, batch) for batch in batches]
-        flow = Flow(self.pipeline, programs, batches, seed=self._seed_micro_batch if self._seed is not None else None)
+        flow = self._flow(batches, seed=self._seed_micro_batch if self._seed is not None else None)
         actions = self._actions(len(batches))
         left = {stage: len(batches) for stage in self.pipeline.held}
         losses: dict[int, Tensor] = {}
@@ -90,7 +96,7 @@ class PipelineEngine(NativeEngine):
                 with phase("forward", self.model, self.optimizer):
                     output = flow.forward(stage, i)
                     if stage == self.pipeline.stages.count - 1:
-                        loss = self._loss_of(output, batches[i])
+                        loss: LossSum = flow.on_pieces(i, functools.partial(self._loss_of, output))
                         sums += as_numbers(loss, self.mesh.device)
                         if self._divisor is None:
                             self._divisor = self._agree_on_divisor(sums[1].item(), len(batches))
@@ -105,6 +111,16 @@ class PipelineEngine(NativeEngine):
         flow.finish()
         self.waited_seconds, self.schedule_seconds = flow.waited_seconds, time.perf_counter() - begun
         return self._finish_step(sums, scale)
+
+    def _flow(self, batches: Sequence[Batch], seed: Callable[[int], None] | None = None) -> Flow:
+        """A pass of micro-batches; DataError, in training, where their sequences are not of a length to be split."""
+        programs = [self.pipeline.program(self._forward, batch) for batch in batches]
+        context = self.spread.context
+        if context is None:
+            return Flow(self.pipeline, programs, batches, seed=seed)
+        split = [context.split(batch, strict=self.model.training) for batch in batches]
+        handovers = [None if length is None else Handover(context, length) for _, length in split]
+        return Flow(self.pipeline, programs, [pieces for pieces, _ in split], seed=seed, handovers=handovers)
 
     def _seed_micro_batch(self, i: int) -> None:
         assert self._seed is not None
@@ -151,7 +167,7 @@ class PipelineEngine(NativeEngine):
         work.wait()
         total, weight, ways, squares, *used = message.tolist()
         self._lockstep.check(ways, squares)
-        self._usage.drop_unused(used)
+        self._drop_unused(used)
         told = torch.tensor([total, weight, self._divisor or 0.0], dtype=torch.float64, device=self.mesh.device)
         self.pipeline.group.broadcast_(told, source=self.pipeline.last_rank).wait()
         total, weight, self._divisor = told.tolist()
@@ -167,7 +183,10 @@ class PipelineEngine(NativeEngine):
 
     def _measure_norm(self) -> Tensor:
         tensor_group = self.mesh["tp"] if self.plan.tp > 1 else None
-        square = gradient_norm(self._counted, self.mesh.shard_axes, tensor_group).square().to(self.mesh.device)
+        # Some stages have no experts; the ranks over which those of a stage are dealt out have equally many.
+        expert_group = self.mesh["ep"] if any(is_split_over(each, "ep") for each in self._counted) else None
+        norm = gradient_norm(self._counted, self.mesh.shard_axes, tensor_group, expert_group)
+        square = norm.square().to(self.mesh.device)
         self.pipeline.group.all_reduce_(square).wait()
         return square.sqrt()
 
@@ -190,10 +209,9 @@ class PipelineEngine(NativeEngine):
         return LossSum(total, weight)
 
     def _evaluate(self, batches: list[Batch], sums: Tensor) -> None:
-        programs = [self.pipeline.program(self._forward, batch) for batch in batches]
-        flow = Flow(self.pipeline, programs, batches)
+        flow = self._flow(batches)
 
         def take(i: int, output: Any) -> None:
-            sums.add_(as_numbers(self._loss_of(output, batches[i]), self.mesh.device))
+            sums.add_(as_numbers(flow.on_pieces(i, functools.partial(self._loss_of, output)), self.mesh.device))
 
         run_forward(flow, self.pipeline, len(batches), take)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from trainfleet.comm.group import Links, Work
-from trainfleet.parallel.pipeline.graph import Named, Value, replaced
+from trainfleet.parallel.context.handover import Handover
+from trainfleet.parallel.pipeline.graph import Kind, Named, Value, replaced
 from trainfleet.parallel.pipeline.pipe import Pipeline
 from trainfleet.parallel.pipeline.program import Program
 from trainfleet.parallel.pipeline.record import tensors_of
@@ -41,7 +42,10 @@ class _Passed:
 
 
 class Flow:
-    """One pass of `programs`, one for each of `inputs`. `seed(i)` seeds the generators for micro-batch i, if given."""
+    """One pass of `programs`, one for each of `inputs`. `seed(i)` seeds the generators for micro-batch i, if given.
+
+    `handovers` say of each of the inputs how stages hand on what is in pieces; None where everything is whole.
+    """
 
     def __init__(
         self,
@@ -50,8 +54,10 @@ class Flow:
         inputs: Sequence[Any],
         *,
         seed: Callable[[int], None] | None = None,
+        handovers: Sequence[Handover | None] | None = None,
     ) -> None:
         self._pipeline, self._programs, self._inputs, self._seed = pipeline, programs, inputs, seed
+        self._handovers = handovers or [None] * len(inputs)
         self._links = cast(Links, pipeline.group)
         self._receiving: dict[tuple[str, _Place], tuple[Message, Tensor, Work]] = {}
         self._arrived: dict[tuple[str, _Place], tuple[Tensor | None, list[Tensor | None]]] = {}
@@ -82,11 +88,16 @@ class Flow:
     def _message(self, kind: str, i: int, boundary: int) -> Message:
         """What crosses `boundary`, between the stage of that number and the next, in one direction."""
         program = self._programs[i]
-        kinds = program.kinds(program.crossings[boundary])
+        kinds = self._kinds(i, program.crossings[boundary])
         if kind == "F":
             return Message(kinds, self._generators.num_bytes if self._sends_state(program, boundary) else 0)
         trained = [each for each in kinds if each.requires_grad]
         return Message(trained, len(trained))
+
+    def _kinds(self, i: int, numbers: Sequence[int]) -> list[Kind]:
+        """What this rank has of values of micro-batch `i`."""
+        handover, kinds = self._handovers[i], self._programs[i].kinds(numbers)
+        return kinds if handover is None else [replace(kind, shape=handover.shape(kind.shape)) for kind in kinds]
 
     def _sends_state(self, program: Program, boundary: int) -> bool:
         return self._seed is not None and program.first_random <= boundary
@@ -134,7 +145,7 @@ class Flow:
         for number, tensor in zip(part.receives, tensors, strict=True):
             assert tensor is not None
             received[number] = _leaf(tensor, program.graph.kinds[number].requires_grad, number, passed)
-        ran = self._pipeline.compute(program, stage, self._inputs[i], received)
+        ran = self._pipeline.compute(program, stage, self._inputs[i], received, self._handovers[i])
         if part.is_last:
             return ran.output
         kinds = program.kinds(part.sends)
@@ -142,6 +153,13 @@ class Flow:
         state = self._generators.state() if self._sends_state(program, stage) else None
         self._depart("F", (stage, i), [tensor.detach() for tensor in ran.tensors], state)
         return None
+
+    def on_pieces(self, i: int, compute: Callable[[Any], Any]) -> Any:
+        """`compute` of the inputs of micro-batch `i`, on pieces if its stages compute so; what it gives is whole."""
+        handover, inputs = self._handovers[i], self._inputs[i]
+        if handover is None:
+            return compute(inputs)
+        return handover.whole(handover.run(lambda: compute(inputs)))
 
     def _go_on_drawing(self, head: Tensor | None, i: int) -> None:
         if self._seed is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.context.handover import Handover
 from trainfleet.parallel.pipeline.cut import keep_stages
 from trainfleet.parallel.pipeline.graph import Named, is_parameter, signature
 from trainfleet.parallel.pipeline.program import Program, Ran
@@ -20,6 +21,7 @@ from trainfleet.parallel.pipeline.record import record, tensors_of
 from trainfleet.parallel.pipeline.schedules import rank_of_stage
 from trainfleet.parallel.pipeline.shadow import Shadow
 from trainfleet.parallel.pipeline.stages import EVERYWHERE, Stages
+from trainfleet.parallel.tensor.layer import Region
 from trainfleet.parallel.torch_private import Leaving
 from trainfleet.plan import Plan
 
@@ -48,6 +50,8 @@ class Pipeline:
         """The modules, of the whole, whose layers are split over tensor-parallel ranks."""
         self.whole = tuple(whole)
         """Names or classes of modules that are not."""
+        self.of_tokens: tuple[Region, ...] = ()
+        """The embeddings and heads, of the whole, that are split by tokens over tensor-parallel ranks."""
         self.group = mesh["pp"]
         self.device = mesh.device
         self.ranks = [rank_of_stage(stage, plan) for stage in range(stages.count)]
@@ -148,9 +152,24 @@ class Pipeline:
             self._modules[name] = self.model.get_submodule(name)
         return self._modules[name]
 
-    def compute(self, program: Program, stage: int, inputs: Any, received: Mapping[int, Tensor]) -> Ran:
-        """Run one stage of this rank."""
-        run = functools.partial(program.run, program.parts[stage], self.find, tensors_of(inputs), received)
+    def compute(
+        self,
+        program: Program,
+        stage: int,
+        inputs: Any,
+        received: Mapping[int, Tensor],
+        handover: Handover | None = None,
+    ) -> Ran:
+        """Run one stage of this rank; with a `handover`, on pieces, of which it receives and gives plain tensors."""
+        part, given, kinds = program.parts[stage], tensors_of(inputs), program.graph.kinds
+
+        def run() -> Ran:
+            if handover is None:
+                return program.run(part, self.find, given, received)
+            values = {number: handover.arriving(piece, kinds[number].shape) for number, piece in received.items()}
+            ran: Ran = handover.run(functools.partial(program.run, part, self.find, given, values))
+            return Ran(tensors=[handover.leaving(tensor) for tensor in ran.tensors], output=ran.output)
+
         if self.is_called:
             return run()
         given = self.model(Segment(run))
