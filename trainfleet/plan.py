@@ -170,11 +170,10 @@ class Plan:
             self._refuse_of_context()
         if self.ep > 1:
             self._refuse_of_experts()
-        if self.tp_vocabulary and self.tp > 1 and self.pp * self.cp > 1:
-            name = "pp" if self.pp > 1 else "cp"
+        if self.tp_vocabulary and self.tp > 1 and self.cp > 1:
             raise PlanError(
-                f"plan.tp_vocabulary is set with plan.{name} = {getattr(self, name)}, under which losses are not "
-                "computed from logits in pieces. Leave tp_vocabulary out."
+                f"plan.tp_vocabulary is set with plan.cp = {self.cp}, under which losses are not computed from logits "
+                "in pieces. Leave tp_vocabulary out."
             )
         if self.compile and self.tp > 1:
             raise PlanError(

@@ -86,5 +86,4 @@ def test_layers_between_which_a_stage_may_begin_are_not_split() -> None:
             return self.down(self.up(x).relu())
 
     pipeline = dealt(Plan(pp=2, tp=2), 0, Wide(), torch.zeros(2, 4))
-    assert pipeline.regions == ("blocks.0", "blocks.1")
-    assert set(pipeline.whole) == {"up", "down"}
+    assert [region.name for region in pipeline.regions] == ["blocks.0", "blocks.1"]

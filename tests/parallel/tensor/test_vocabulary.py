@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cluster.test_pipelines import check
 from oracle import plain_trace, traces
 from rank_pool import RankPools
 from split_models import Model, adamw, build, tokens
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainfleet.errors import PlanError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
-from trainfleet.parallel import NativeEngine, parallelize
+from trainfleet.parallel import NativeEngine, make_engine, parallelize
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.tensor.find import find_regions
 from trainfleet.parallel.tensor.vocabulary import split_cross_entropy, split_embedding, vocabulary_regions
@@ -167,6 +168,52 @@ def test_four_ranks_compute_what_one_process_computes(ranks: RankPools, tied: bo
     hold(ranks, 4, case_of(tied), [*SPLIT, Plan(tp=4, tp_vocabulary=True)])
 
 
+STAGED = [
+    Plan(tp=2, pp=2, tp_vocabulary=True),
+    Plan(tp=2, pp=2, tp_vocabulary=True, schedule="zbv", microbatches=2),
+    Plan(tp=2, pp=2, tp_vocabulary=True, recompute="blocks", schedule="looped_bfs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tied", "plan"),
+    [(True, STAGED[0]), *(pytest.param(i % 2 == 0, STAGED[i % 3], marks=pytest.mark.matrix) for i in range(1, 6))],
+)
+def test_stages_leave_logits_in_pieces_for_the_loss(ranks: RankPools, tied: bool, plan: Plan) -> None:
+    check(ranks, 4, case_of(tied), plan)
+
+
+@pytest.mark.matrix
+def test_stages_take_a_loss_written_by_hand_and_shard_what_is_left(ranks: RankPools) -> None:
+    check(ranks, 4, case_of(True, by_hand), STAGED[0])
+    for zero in (1, 3):
+        check(ranks, 8, case_of(True), Plan(tp=2, pp=2, tp_vocabulary=True, zero=zero))
+
+
+def lain_in_stages() -> tuple[list[str], bool]:
+    """How the logits of a step and of an evaluation lie where the loss is, and whether a call gives them whole."""
+    plan = STAGED[0]
+    seen: list[str] = []
+
+    def loss(output: Tensor, batch: dict[str, Tensor]) -> Any:
+        seen.append(str(output.placements) if isinstance(output, DTensor) else "whole")
+        return plain_loss(output, batch)
+
+    with Mesh.from_env(plan) as mesh:
+        torch.manual_seed(0)
+        model = parallelize(model_of(True), mesh, plan, example=tokens(0))
+        engine = make_engine(model, adamw(model), loss)
+        engine.forward_backward([tokens(0)])
+        engine.evaluate([tokens(1)])
+        return seen, isinstance(model(tokens(0)["input"]), DTensor)
+
+
+def test_only_the_last_stage_has_logits_and_they_are_in_pieces(ranks: RankPools) -> None:
+    found = ranks(4, lain_in_stages)
+    assert [seen for seen, _ in found] == [[], [], ["(Shard(dim=2),)"] * 2, ["(Shard(dim=2),)"] * 2]
+    assert not any(is_split for _, is_split in found)
+
+
 def alone_in_bf16(case: Case) -> Any:
     with Mesh.from_env() as mesh:
         return trace(case, Plan(precision="bf16"), mesh)
@@ -248,9 +295,6 @@ def test_what_cannot_be_split_is_refused_with_the_name():
     model.other.weight = model.head.weight
     with pytest.raises(PlanError, match=r"splits head, which shares a parameter with other"):
         regions_of(model)
-    for axis in ("pp", "cp"):
-        with pytest.raises(PlanError, match=rf"plan\.tp_vocabulary is set with plan\.{axis} = 2"):
-            Plan(tp=2, tp_vocabulary=True, **{axis: 2})
 
 
 def llama() -> nn.Module:

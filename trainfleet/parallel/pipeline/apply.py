@@ -11,7 +11,6 @@ from torch import nn
 from trainfleet.batch import Batch, cut_batch
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
-from trainfleet.parallel.blocks import is_named
 from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.experts.apply import by_shape
 from trainfleet.parallel.pipeline.cut import is_held
@@ -22,7 +21,9 @@ from trainfleet.parallel.pipeline.shadow import Shadow
 from trainfleet.parallel.pipeline.stages import divide, leaf_names
 from trainfleet.parallel.precision import cast_compute
 from trainfleet.parallel.recompute import stop_caching
-from trainfleet.parallel.tensor import Split, find_regions, split_layers
+from trainfleet.parallel.tensor import Split, find_regions, split_regions
+from trainfleet.parallel.tensor.find import named
+from trainfleet.parallel.tensor.vocabulary import vocabulary_regions
 from trainfleet.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     stop_caching(model)  # keys and values of the past are objects that no stage could hand on
     whole = _kept_whole(model, leaves, plan) if plan.tp > 1 else ()
     given = {"columns": plan.tp_columns, "rows": plan.tp_rows}
-    regions = [region.name for region in find_regions(model, plan.tp, whole, **given)] if plan.tp > 1 else []
+    regions = find_regions(model, plan.tp, whole, **given) if plan.tp > 1 else []
+    of_tokens = vocabulary_regions(model, plan.tp, regions, named(model, whole)) if _splits_tokens(plan) else []
     shadow = Shadow(model, mesh.device)
     by_shape(shadow.model)
     cast_compute(shadow.model, plan, torch.device(mesh.device).type)
@@ -51,12 +53,16 @@ def deal_out(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Pl
     shadow.model.train()
     graph = record(shadow, call_with_batch, cut_batch(example, plan.microbatches)[0])
     stages = divide(graph, shadow.model, leaves, count, plan.stages)
-    pipeline = Pipeline(model, shadow, stages, mesh, plan, regions=regions, whole=whole)
+    pipeline = Pipeline(model, shadow, stages, mesh, plan, regions=regions, of_tokens=of_tokens)
     _refuse_untrained(pipeline)
     pipeline.cut()
     if mesh.is_main:
         logger.info("%s", described(pipeline))
     return pipeline
+
+
+def _splits_tokens(plan: Plan) -> bool:
+    return plan.tp > 1 and plan.tp_vocabulary
 
 
 def _kept_whole(model: nn.Module, leaves: Sequence[str], plan: Plan) -> tuple[str, ...]:
@@ -74,21 +80,13 @@ def _kept_whole(model: nn.Module, leaves: Sequence[str], plan: Plan) -> tuple[st
 
 def split_stages(pipeline: Pipeline, mesh: Mesh, plan: Plan) -> Split | None:
     """Split the layers of the stages that this rank holds over tensor-parallel ranks; None where there are none."""
-    model = pipeline.model
-    if not any(is_held(model, name) for name in pipeline.regions):
-        return None
-    named = list(model.named_modules())
-
-    def of_held(patterns: Sequence[str]) -> list[str]:
-        return [pattern for pattern in patterns if any(is_named(name, each, pattern) for name, each in named)]
-
-    return split_layers(
-        model,
-        mesh.sharding["tp"],
-        of_held(pipeline.whole),
-        columns=of_held(plan.tp_columns),
-        rows=of_held(plan.tp_rows),
+    regions, of_tokens = (
+        [region for region in each if is_held(pipeline.model, region.name)]
+        for each in (pipeline.regions, pipeline.of_tokens)
     )
+    if not regions and not of_tokens:
+        return None
+    return split_regions(pipeline.model, mesh.sharding["tp"], regions, of_tokens)
 
 
 def described(pipeline: Pipeline) -> str:

@@ -94,9 +94,10 @@ class PipelineEngine(NativeEngine):
             stage, i = action.stage, action.micro_batch
             if action.kind == "F":
                 with phase("forward", self.model, self.optimizer):
-                    output = flow.forward(stage, i)
-                    if stage == self.pipeline.stages.count - 1:
-                        loss: LossSum = flow.on_pieces(i, functools.partial(self._loss_of, output))
+                    if stage < self.pipeline.stages.count - 1:
+                        flow.forward(stage, i)
+                    else:
+                        loss = self._loss_of_last(flow, i)
                         sums += as_numbers(loss, self.mesh.device)
                         if self._divisor is None:
                             self._divisor = self._agree_on_divisor(sums[1].item(), len(batches))
@@ -130,6 +131,17 @@ class PipelineEngine(NativeEngine):
         if count not in self._orders:
             self._orders[count] = orders(self.plan, count)[self.pipeline.group.rank]
         return self._orders[count]
+
+    def _loss_of_last(self, flow: Flow, i: int) -> LossSum:
+        """Run the last stage on micro-batch `i`, and the loss; on logits in pieces, if its head leaves them so."""
+
+        def compute(i: int) -> LossSum:
+            output = flow.forward(self.pipeline.stages.count - 1, i)
+            loss: LossSum = flow.on_pieces(i, functools.partial(self._loss_of, output))
+            return loss
+
+        split = self.spread.split
+        return compute(i) if split is None else split.compute(compute, i)  # type: ignore[no-any-return]
 
     def _loss_of(self, output: Any, batch: Batch) -> LossSum:
         if self.plan.precision != "fp32":
@@ -211,7 +223,7 @@ class PipelineEngine(NativeEngine):
     def _evaluate(self, batches: list[Batch], sums: Tensor) -> None:
         flow = self._flow(batches)
 
-        def take(i: int, output: Any) -> None:
-            sums.add_(as_numbers(flow.on_pieces(i, functools.partial(self._loss_of, output)), self.mesh.device))
+        def last(i: int) -> None:
+            sums.add_(as_numbers(self._loss_of_last(flow, i), self.mesh.device))
 
-        run_forward(flow, self.pipeline, len(batches), take)
+        run_forward(flow, self.pipeline, len(batches), last)

@@ -249,15 +249,16 @@ class _Generators:
             torch.cuda.set_rng_state(parts[1].clone(), self._device)
 
 
-def run_forward(flow: Flow, pipeline: Pipeline, count: int, take: Callable[[int, Any], None]) -> None:
-    """Forwards alone; `take(i, output)` gets the output of micro-batch i, on the rank of the last stage."""
+def run_forward(flow: Flow, pipeline: Pipeline, count: int, last: Callable[[int], None]) -> None:
+    """Forwards alone; `last(i)` takes that of the last stage for micro-batch i, on the rank that has it."""
     for action in forward_orders(pipeline.plan, count)[pipeline.group.rank]:
         if action.kind != "F":
             flow.exchange(action)
             continue
-        output = flow.forward(action.stage, action.micro_batch)
         if action.stage == pipeline.stages.count - 1:
-            take(action.micro_batch, output)
+            last(action.micro_batch)
+        else:
+            flow.forward(action.stage, action.micro_batch)
     flow.finish()
 
 
@@ -268,9 +269,10 @@ def output_of(pipeline: Pipeline, args: Any, kwargs: Mapping[str, Any]) -> Any:
     program = pipeline.program(_call, inputs)
     outputs: list[Any] = [None]
     flow = Flow(pipeline, [program], [inputs])
+    last = pipeline.stages.count - 1
     pipeline.is_called = True
     try:
-        run_forward(flow, pipeline, 1, lambda i, output: outputs.__setitem__(i, output))
+        run_forward(flow, pipeline, 1, lambda i: outputs.__setitem__(i, flow.forward(last, i)))
     finally:
         pipeline.is_called = False
     message = Message(program.kinds_of_output(pipeline.shadow.model))

@@ -42,15 +42,13 @@ class Pipeline:
         mesh: Mesh,
         plan: Plan,
         *,
-        regions: Sequence[str] = (),
-        whole: Sequence[str] = (),
+        regions: Sequence[Region] = (),
+        of_tokens: Sequence[Region] = (),
     ) -> None:
         self.model, self.shadow, self.stages, self.plan = model, shadow, stages, plan
         self.regions = tuple(regions)
         """The modules, of the whole, whose layers are split over tensor-parallel ranks."""
-        self.whole = tuple(whole)
-        """Names or classes of modules that are not."""
-        self.of_tokens: tuple[Region, ...] = ()
+        self.of_tokens = tuple(of_tokens)
         """The embeddings and heads, of the whole, that are split by tokens over tensor-parallel ranks."""
         self.group = mesh["pp"]
         self.device = mesh.device

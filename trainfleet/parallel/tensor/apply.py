@@ -82,11 +82,20 @@ def split_layers(
     Raises PlanError before anything is changed where that cannot be.
     """
     regions = find_regions(model, mesh.size(), whole, columns=columns, rows=rows)
-    heads: set[nn.Module] = set()
-    if vocabulary:
-        of_tokens = vocabulary_regions(model, mesh.size(), regions, named(model, whole))
-        heads = {region.module for region in of_tokens if region.columns}
-        regions = [region for region in regions if region.module not in heads] + of_tokens
+    of_tokens = vocabulary_regions(model, mesh.size(), regions, named(model, whole)) if vocabulary else []
+    return split_regions(model, mesh, regions, of_tokens, entry_points)
+
+
+def split_regions(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    regions: Sequence[Region],
+    of_tokens: Sequence[Region] = (),
+    entry_points: Sequence[str] = (),
+) -> Split:
+    """Split the layers of `regions`, and embeddings and heads by tokens; the heads' logits stay in pieces."""
+    heads = {region.module for region in of_tokens if region.columns}
+    regions = [*(region for region in regions if region.module not in heads), *of_tokens]
     _cut_parameters(model, regions, mesh)
     for region in regions:
         calls = ("forward", *entry_points) if region.module is model else ("forward",)
@@ -96,7 +105,7 @@ def split_layers(
                 call,
                 on_pieces(getattr(region.module, call), region.name, mesh, is_head=region.module in heads),
             )
-    split = _described(model, regions, mesh if vocabulary else None)
+    split = _described(model, regions, mesh if heads else None)
     logger.info("Tensor parallel over %d ranks: %s.", mesh.size(), split)
     return split
 
@@ -111,6 +120,10 @@ def _cut_parameters(model: nn.Module, regions: Sequence[Region], mesh: DeviceMes
                     continue
                 if id(parameter) not in made:
                     made[id(parameter)] = _cut(parameter, placements.get(id(parameter), Replicate()), mesh)
+                module._parameters[name] = made[id(parameter)]
+    for module in model.modules():  # what stands for a module of another stage may hold a tied one
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in made:
                 module._parameters[name] = made[id(parameter)]
 
 
