@@ -99,3 +99,21 @@ print([each for each in psutil.Process().net_connections() if each.status == psu
 def test_a_group_that_has_ended_leaves_no_port_open():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=100)
     assert done.stdout == "[]\n", done.stderr
+
+
+AGAIN = """
+from trainfleet.mesh import Mesh
+
+for _ in range(3):
+    with Mesh.from_env(device="cpu"):
+        pass
+raise ValueError("said")
+"""
+
+
+def test_an_error_names_the_rank_once_however_often_groups_were_made():
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, timeout=60)
+    assert done.stderr.count("[rank0]: ValueError: said") == 1 and "[rank0]: [rank0]" not in done.stderr, done.stderr

@@ -43,7 +43,7 @@ def init_process_group(environment: RankEnvironment, *, device: str, timeout: ti
     atexit.unregister(_let_gloo_finish)  # once is enough
     atexit.register(_let_gloo_finish)
     gpu = torch.device(device) if device.startswith("cuda") else None
-    with _translated("meeting the other ranks", environment.rank, environment.world_size):
+    with _translated("meeting the other ranks", environment.rank, environment.world_size), _prefixed_once():
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=store,
@@ -52,6 +52,20 @@ def init_process_group(environment: RankEnvironment, *, device: str, timeout: ti
             timeout=timeout,
             device_id=gpu,
         )
+
+
+_excepthooks: list[Any] = []
+"""What prints errors that nobody catches: before torch put the rank in front of them, and since."""
+
+
+@contextmanager
+def _prefixed_once() -> Iterator[None]:
+    """Around the making of a group: torch puts the rank in front of each line of an error, and again for each group."""
+    if _excepthooks and sys.excepthook is _excepthooks[1]:
+        sys.excepthook = _excepthooks[0]
+    before = sys.excepthook
+    yield
+    _excepthooks[:] = [before, sys.excepthook]
 
 
 def _let_gloo_finish(deadline_seconds: float = 5.0) -> None:

@@ -119,13 +119,7 @@ class _Journeys:
     def _pack(self, tensor: Tensor) -> Any:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         call = self.current
-        if (
-            call is None
-            or type(local) not in (Tensor, nn.Parameter)
-            or local.layout != torch.strided
-            or local.is_conj()
-            or local.is_neg()
-        ):
+        if call is None or not _is_plain(local):
             return tensor
         with without_torch_functions():
             storage = local.untyped_storage()

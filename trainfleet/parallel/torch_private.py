@@ -5,8 +5,9 @@ Tested with torch 2.13 (CPU) and 2.11 (CUDA).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,3 +252,15 @@ def backward_of_parameters(groups: Any, parameters: Sequence[nn.Parameter]) -> N
 def function_modes() -> list[TorchFunctionMode]:
     """The modes that now stand in for torch's functions, the outermost first."""
     return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def gathered_quietly() -> Iterator[None]:
+    """Around the gathering of whole tensors: torch warns where one lies over two axes, that it takes two exchanges."""
+    told = logging.getLogger("torch.distributed.tensor._redistribute")
+    before = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        told.setLevel(before)

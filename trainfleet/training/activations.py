@@ -80,7 +80,10 @@ def whole_of(tensor: Tensor) -> NDArray[Any]:
     import torch
     from torch.distributed.tensor import DTensor
 
+    from trainfleet.parallel.torch_private import gathered_quietly
+
     value = tensor.detach()  # first: what gathers it is no part of anybody's graph
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    with gathered_quietly():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
     copied = whole.to("cpu", copy=True)
     return (copied.float() if copied.dtype == torch.bfloat16 else copied).numpy()  # type: ignore[no-any-return]
