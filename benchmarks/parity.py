@@ -28,6 +28,7 @@ def plans() -> dict[str, list[Plan]]:
     data += [spread(zero=zero, dp_shard=n) for zero in (1, 2, 3) for n in (2, 4)]
     data += [spread(zero=zero, dp_shard=2, dp_replicate=2) for zero in (1, 2, 3)]
     alone = [*data, *(spread(tp=n) for n in (2, 4)), spread(tp=2, tp_vocabulary=True)]
+    alone += [spread(tp=n, tp_sequence=True) for n in (2, 4)]
     alone += [spread(cp=n, cp_attention=kind) for n in (2, 4) for kind in ("ring", "all_to_all")]
     alone += [spread(pp=2, schedule=schedule) for schedule in SCHEDULES] + [spread(pp=4)]
     alone += [spread(dp_replicate=2, ep=2), spread(dp_replicate=4, ep=2), spread(dp_replicate=4, ep=4)]
@@ -40,6 +41,7 @@ def plans() -> dict[str, list[Plan]]:
     two += [spread(cp=2, pp=2, schedule=schedule) for schedule in SCHEDULES]
     two += [spread(cp=2, pp=2, cp_attention="all_to_all"), spread(cp=2, ep=2), spread(dp_replicate=2, ep=2, pp=2)]
     two += [spread(tp=2, tp_vocabulary=True, **stage) for stage in zero]
+    two += [spread(tp=2, tp_sequence=True, **stage) for stage in zero]
     three = [spread(tp=2, pp=2, **stage) for stage in zero]
     three += [spread(tp=2, cp=2, **stage) for stage in (zero[0], zero[-1])]
     three += [spread(tp=2, zero=3, dp_shard=2, dp_replicate=2)]
@@ -49,6 +51,7 @@ def plans() -> dict[str, list[Plan]]:
     narrow = [spread(precision="bf16", recompute="blocks", **axis) for axis in (*axes, {"zero": 3, "dp_shard": 2})]
     narrow += [spread(precision="bf16", microbatches=2, tp=2, pp=2), spread(precision="fp16", pp=2)]
     narrow += [spread(precision="bf16", recompute="blocks", cp=2, pp=2)]
+    narrow += [spread(precision="bf16", recompute="blocks", tp=2, tp_sequence=True)]
     return {
         "one kind of parallelism": alone,
         "two kinds": two,

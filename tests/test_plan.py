@@ -102,6 +102,13 @@ def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
         ({"recompute": "selective", "activations": "offload"}, "Set recompute to 'blocks' or 'none'"),
         ({"recompute": "blocks", "activations": "partition"}, "Set tp to 2 or more"),
         ({"recompute": "blocks", "activations": "partition", "tp": 2, "cp": 2}, "pieces of sequences already"),
+        ({"tp_sequence": True}, "Set tp to 2 or more"),
+        ({"tp_sequence": True, "tp": 2, "pp": 2}, "Leave tp_sequence out, or set pp to 1"),
+        ({"tp_sequence": True, "tp": 2, "tp_vocabulary": True}, "logits lie in pieces of sequences already"),
+        (
+            {"tp_sequence": True, "tp": 2, "recompute": "blocks", "activations": "partition"},
+            "Set activations to 'keep' or 'offload', or leave tp_sequence out",
+        ),
         ({"devices": ("cuda:0", "cuda:1"), "zero": 1}, "plan.devices deals blocks out over 2 devices"),
         ({"devices": ("cuda:0", "cuda:1"), "pp": 2}, "plan.pp = 2"),
     ],

@@ -130,6 +130,9 @@ class Plan:
     """Names or class names of linear layers split by input features."""
     tp_vocabulary: bool = False
     """Split embeddings and output heads by vocabulary too; `cross_entropy` then never gathers the logits."""
+    tp_sequence: bool = False
+    """Between split layers each rank of tp keeps its positions of each sequence only: norms, dropout and residuals take
+    1/tp of the memory."""
     devices: tuple[str, ...] = ()
     """Devices of one process over which the blocks are dealt out in turn, such as cuda:0 and cuda:1. Empty: all is on
     the one device of each process."""
@@ -170,6 +173,8 @@ class Plan:
             self._refuse_of_context()
         if self.ep > 1:
             self._refuse_of_experts()
+        if self.tp_sequence:
+            self._refuse_of_sequence()
         if self.tp_vocabulary and self.tp > 1 and self.cp > 1:
             raise PlanError(
                 f"plan.tp_vocabulary is set with plan.cp = {self.cp}, under which losses are not computed from logits "
@@ -244,6 +249,29 @@ class Plan:
             raise PlanError(
                 f"plan.compile is set with plan.cp = {self.cp}; split sequences are not compiled yet. "
                 "Leave one of them out."
+            )
+
+    def _refuse_of_sequence(self) -> None:
+        if self.tp == 1:
+            raise PlanError(
+                "plan.tp_sequence is set with plan.tp = 1; it splits sequences over the ranks of tp. Set tp to 2 or "
+                "more, or leave tp_sequence out."
+            )
+        for name in ("cp", "pp", "ep"):
+            if getattr(self, name) > 1:
+                raise PlanError(
+                    f"plan.tp_sequence is set with plan.{name} = {getattr(self, name)}, beside which sequences are not "
+                    f"split over tp yet. Leave tp_sequence out, or set {name} to 1."
+                )
+        if self.tp_vocabulary:
+            raise PlanError(
+                "plan.tp_sequence is set with plan.tp_vocabulary; logits lie in pieces of sequences already, and are "
+                "never gathered. Leave one of them out."
+            )
+        if self.activations == "partition":
+            raise PlanError(
+                "plan.tp_sequence is set with plan.activations = 'partition'; the inputs of blocks lie in pieces over "
+                "tp already. Set activations to 'keep' or 'offload', or leave tp_sequence out."
             )
 
     def _refuse_of_experts(self) -> None:
@@ -337,6 +365,7 @@ class Plan:
         parts += [f"activations={self.activations}"] * (self.activations != "keep")
         parts += [f"offload={self.offload}"] * (self.offload != "none")
         parts += ["compile"] * self.compile
+        parts += ["tp_sequence"] * self.tp_sequence
         parts += [f"devices={','.join(self.devices)}"] * bool(self.devices)
         return " ".join(parts)
 

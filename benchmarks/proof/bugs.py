@@ -174,6 +174,15 @@ def own_masks_of_pieces() -> None:
         region._SPECIAL[function] = own
 
 
+def unsummed_gradients_of_copies() -> None:
+    from trainfleet.parallel.context import lift
+
+    def make(gradient_of: Any) -> Any:
+        return lambda axis, own, placement: placement if placement.is_partial() else gradient_of(axis, own, placement)
+
+    _replace(lift, "_gradient_of", make)
+
+
 def positions_of_each_rank() -> None:
     import gpt
 
@@ -270,6 +279,8 @@ BUGS = [
         at=r"step 1, micro-batch 1, output of blocks.0.attention"),
     Bug(name="each rank draws the masks of its pieces", plan=spread(tp=2), plant=own_masks_of_pieces,
         at=r"step 1, micro-batch 1, output of transformer.h.0.(attn|mlp)", model="gpt2"),
+    Bug(name="copies keep the gradients of one rank's positions", plan=spread(tp=2, tp_sequence=True),
+        plant=unsummed_gradients_of_copies, at=r"step 1, gradient of"),
     Bug(name="rotary positions begin anew on each rank", plan=spread(cp=2), plant=positions_of_each_rank,
         at=r"step 1, micro-batch 1, output of blocks.0.attention"),
     Bug(name="the ring lets positions see later ones", plan=spread(cp=2), plant=future_in_the_ring,

@@ -9,11 +9,12 @@ import torch
 from models import MODELS
 from rank_pool import RankPools
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, parallelize, partition
-from trainfleet.parallel.partition import partition_inputs
+from trainfleet.parallel.partition import kept_in_pieces, partition_inputs
 from trainfleet.plan import Plan
 
 CASE = MODELS["transformer"]
@@ -82,3 +83,34 @@ def unequal(plan: Plan, length: int) -> list[Tensor]:
 def test_odd_sizes_and_strides_come_back_and_unequal_inputs_are_refused(ranks: RankPools) -> None:
     for found, expected in ranks(2, unequal, Plan(tp=2), 5):
         assert torch.equal(found, expected)
+
+
+def of_wholes() -> tuple[list[int], list[Tensor]]:
+    """Elements kept of what was saved inside a hook of the caller's, and the gradients with it and without."""
+    kept: list[int] = []
+
+    def product(whole: DTensor, weight: DTensor) -> Tensor:
+        own = whole.to_local()[:, mesh.rank : mesh.rank + 2]  # another on each rank, in the same memory
+        return (whole @ weight).square().sum().to_local() + own.square().sum()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel())
+        return tensor
+
+    with Mesh.from_env(Plan(tp=2), device="cpu") as mesh:
+        made = [torch.arange(12.0).view(3 + i % 2, 4 - i % 2).requires_grad_() for i in range(4)]
+        first, weight, second, other = (
+            DTensor.from_local(each, mesh.torch["tp"], [Replicate()], run_check=False) for each in made
+        )
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with kept_in_pieces([first, "no tensor"], mesh["tp"]):
+                total = product(first, weight)
+            count = list(kept)
+        (total + product(second, other)).backward()
+        return count, [each.grad for each in made if each.grad is not None]
+
+
+def test_of_wholes_a_piece_is_kept_and_what_is_plain_goes_where_it_would_have_gone(ranks: RankPools) -> None:
+    for kept, (first, weight, second, other) in ranks(2, of_wholes):
+        assert 12 in kept and kept.count(12) == 1  # the weight; of the whole, nothing reached the hook around
+        assert torch.equal(first, second) and torch.equal(weight, other)

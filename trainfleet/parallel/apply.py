@@ -67,7 +67,7 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     whole = pipeline.shadow.model if pipeline is not None else None
     if mesh.experts is not None:
         split_experts(model, mesh.experts, whole=whole)
-    context = split_context(model, blocks, mesh, plan, whole=whole) if plan.cp > 1 else None
+    context = split_context(model, blocks, mesh, plan, whole=whole) if plan.cp > 1 or plan.tp_sequence else None
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     device_type = torch.device(mesh.device).type

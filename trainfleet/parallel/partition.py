@@ -17,7 +17,7 @@ from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.parallel.activations import addresses, tensors_of
 from trainfleet.parallel.replicas import digests
-from trainfleet.parallel.torch_private import in_backward, with_local, without_torch_functions
+from trainfleet.parallel.torch_private import in_backward, innermost_saving_hooks, with_local, without_torch_functions
 
 
 def partition_inputs(blocks: Sequence[nn.Module], group: Group) -> None:
@@ -60,6 +60,25 @@ def _in_pieces(block: nn.Module, forward: Callable[..., Any], group: Group) -> C
             return forward(*args, **kwargs)
 
     return in_pieces
+
+
+def kept_in_pieces(wholes: Sequence[Any], group: Group) -> torch.autograd.graph.saved_tensors_hooks:
+    """Inside, of what is saved for backward in the memory of `wholes`, each rank of `group` keeps a piece.
+
+    Those are DTensors that every rank has whole, and the caller holds them until it leaves. Plain tensors that share
+    their memory may be pieces of them, and stay.
+    """
+    held = [each for each in wholes if isinstance(each, DTensor) and each.requires_grad and _is_copy(each)]
+    cuttable, made = addresses(held), dict[tuple[Any, ...], _Piece]()
+    pack, unpack = innermost_saving_hooks()
+
+    def cut(tensor: Tensor) -> Any:
+        kept = _cut(cuttable, made, group, tensor) if isinstance(tensor, DTensor) else tensor
+        return kept if isinstance(kept, _Piece) else pack(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(
+        cut, lambda kept: _gathered(group, kept) if isinstance(kept, _Piece) else unpack(kept)
+    )
 
 
 @torch.no_grad()

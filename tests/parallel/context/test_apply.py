@@ -80,7 +80,8 @@ def of_one_process(case: Case, plans: Sequence[Plan]) -> list[Trace]:
     found = []
     for plan in plans:
         with Mesh.from_env() as mesh:
-            found.append(trace(case, Plan(precision=plan.precision), mesh))
+            alone = Plan(precision=plan.precision, microbatches=plan.microbatches)
+            found.append(trace(case, alone, mesh))
     return found
 
 
@@ -98,6 +99,34 @@ def test_masks_of_dropout_and_narrow_precisions_are_those_of_one_process(ranks: 
     for plan, alone, found in zip(OTHERS, expected, ranks(2, traces, case, OTHERS)[0], strict=True):
         verdict = compare(alone, found, plan.precision)
         assert verdict.holds, f"{plan}: {verdict}"
+
+
+SEQUENCE = [
+    Plan(tp=2, tp_sequence=True),
+    Plan(tp=2, tp_sequence=True, zero=3, recompute="blocks"),
+    *(Plan(tp=2, tp_sequence=True, zero=zero) for zero in (1, 2)),
+    Plan(tp=2, tp_sequence=True, microbatches=2, activations="offload"),
+]
+
+
+def hold_alike(ranks: RankPools, case: Case, plans: Sequence[Plan]) -> None:
+    """On two ranks, with the masks of dropout and the precision of the same plan in one process."""
+    expected = ranks(1, of_one_process, case, plans)[0]
+    for plan, alone, found in zip(plans, expected, ranks(2, traces, case, plans)[0], strict=True):
+        verdict = compare(alone, found, plan.precision)
+        assert verdict.holds, f"{plan}: {verdict}"
+
+
+def test_between_split_layers_ranks_keep_their_positions_and_compute_the_same(ranks: RankPools) -> None:
+    hold_alike(ranks, case_of("separate", dropout=0.3), SEQUENCE[:2])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*PARTS, "transformer"])
+def test_every_plan_with_positions_over_tp_computes_what_one_process_computes(ranks: RankPools, name: str) -> None:
+    hold(ranks, 4, case_of(name), SEQUENCE)
+    narrow = [replace(SEQUENCE[0], precision="bf16"), replace(SEQUENCE[1], precision="fp16")]
+    hold_alike(ranks, case_of(name, dropout=0.3 * (name in PARTS)), [*SEQUENCE, *narrow])
 
 
 class Packed(nn.Module):
@@ -139,7 +168,7 @@ def mean_of_kept(output: Tensor, batch: dict[str, Any]) -> LossSum:
 
 def test_packed_documents_and_tied_embeddings(ranks: RankPools) -> None:
     case = Case(build=Packed, loss_fn=mean_of_kept, micro_batch=packed, optimizer=adamw, steps=2)
-    hold(ranks, 2, case, [Plan(cp=2, zero=3), Plan(cp=2, cp_attention="all_to_all")])
+    hold(ranks, 2, case, [Plan(cp=2, zero=3), Plan(cp=2, cp_attention="all_to_all"), Plan(tp=2, tp_sequence=True)])
 
 
 def evaluated_and_called(plan: Plan) -> list[Any]:
@@ -162,7 +191,7 @@ def evaluated_and_called(plan: Plan) -> list[Any]:
 
 def test_evaluation_calls_and_loops_by_hand_give_what_one_process_gives(ranks: RankPools) -> None:
     expected = ranks(1, evaluated_and_called, Plan())[0]
-    for plan in (Plan(cp=2), Plan(cp=2, zero=3)):
+    for plan in (Plan(cp=2), Plan(cp=2, zero=3), Plan(tp=2, tp_sequence=True)):
         for found in ranks(2, evaluated_and_called, plan):
             for one, other in zip(expected, found, strict=True):
                 torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(one), rtol=1e-4, atol=1e-5)
@@ -171,11 +200,14 @@ def test_evaluation_calls_and_loops_by_hand_give_what_one_process_gives(ranks: R
 def refused(what: str) -> str:
     heads = Plan(cp=4, cp_attention="all_to_all")
     plan = heads if what == "heads" else Plan(cp=2, dp_replicate=2, zero=1)
+    if what.endswith("over tp"):
+        plan, what = Plan(tp=2, tp_sequence=True), what.removesuffix(" over tp")
     with Mesh.from_env(plan) as mesh:
         torch.manual_seed(0)
         try:
             if what == "batch norm":
-                parallelize(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), mesh, plan)
+                pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+                parallelize(nn.Sequential(pair, nn.BatchNorm1d(4)), mesh, plan)
             model = parallelize(build("grouped" if what == "heads" else "fused"), mesh, plan)
             engine = make_engine(model, adamw(model), loss)
             batch = tokens(0)
@@ -198,6 +230,8 @@ def refused(what: str) -> str:
         ("heads", "plan.cp=4 does not divide the 2 heads of keys and values"),
         ("length", "plan.cp=2 does not divide the 5 positions"),
         ("no sequence", "no array of the batch has two dimensions"),
+        ("batch norm over tp", "Use another norm, or set plan.tp_sequence to false."),
+        ("length over tp", "or set plan.tp_sequence to false"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_its_remedy(ranks: RankPools, what: str, said: str) -> None:

@@ -37,13 +37,14 @@ LOSSES: dict[str, Call] = {
 }
 
 
-def wrong_losses(kind: str) -> list[str]:
-    return wrong(LOSSES, kind)
+def wrong_losses(axis: str) -> list[str]:
+    return wrong(LOSSES, axis)
 
 
+@pytest.mark.parametrize("axis", ["cp", "tp"])
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.matrix)])
-def test_losses_give_what_the_whole_gives(ranks: RankPools, size: int) -> None:
-    assert ranks(size, wrong_losses, "ring") == [[]] * size
+def test_losses_give_what_the_whole_gives(ranks: RankPools, size: int, axis: str) -> None:
+    assert ranks(size, wrong_losses, axis) == [[]] * size
 
 
 def logits_of_a_rank() -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -92,7 +91,7 @@ def computed(call: Call, context: Context | None, length: int = T) -> list[Tenso
     loss = compute([x, t]) if context is None else context.run(compute, [x, t], strict=True)
     loss.backward()
     gradients = [w.grad if w.grad is not None else torch.zeros(()), x.grad if x.grad is not None else torch.zeros(())]
-    if context is not None:  # of what is plain, the mean of all ranks counts
+    if context is not None and context.axis == "cp":  # of what is plain, the mean of all ranks counts
         group = context.mesh.get_group()
         for gradient in gradients:
             torch.distributed.all_reduce(gradient, group=group)
@@ -100,10 +99,10 @@ def computed(call: Call, context: Context | None, length: int = T) -> list[Tenso
     return [loss.detach(), *gradients]
 
 
-def wrong(calls: str | dict[str, Call], kind: Any) -> list[str]:
+def wrong(calls: str | dict[str, Call], axis: str) -> list[str]:
     found = []
-    with Mesh.from_env(Plan(cp=torch.distributed.get_world_size())) as mesh:
-        context = Context(mesh.torch["cp"], kind)
+    with Mesh.from_env(Plan(**{axis: torch.distributed.get_world_size()})) as mesh:
+        context = Context(mesh.torch[axis])
         for name, call in (globals()[calls] if isinstance(calls, str) else calls).items():
             length = 6 if calls == "FUNCTIONS" else T
             expected = computed(call, None, length)
@@ -119,15 +118,17 @@ def wrong(calls: str | dict[str, Call], kind: Any) -> list[str]:
     return found
 
 
-def test_what_mixes_positions_gives_what_the_whole_gives(ranks: RankPools) -> None:
-    assert ranks(2, wrong, "MIXING", "ring") == [[], []]
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_what_mixes_positions_gives_what_the_whole_gives(ranks: RankPools, axis: str) -> None:
+    assert ranks(2, wrong, "MIXING", axis) == [[], []]
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("axis", ["cp", "tp"])
 @pytest.mark.parametrize("calls", ["MIXING", "FUNCTIONS"])
-def test_more_ranks_and_functions_give_what_the_whole_gives(ranks: RankPools, calls: str) -> None:
+def test_more_ranks_and_functions_give_what_the_whole_gives(ranks: RankPools, calls: str, axis: str) -> None:
     size = 2 if calls == "FUNCTIONS" else 4
-    assert ranks(size, wrong, calls, "ring") == [[]] * size
+    assert ranks(size, wrong, calls, axis) == [[]] * size
 
 
 def refused() -> str:

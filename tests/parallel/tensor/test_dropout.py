@@ -42,6 +42,28 @@ def test_masks_are_those_of_the_whole_tensor(ranks: RankPools, placement: Placem
             assert (expected == 0).any()
 
 
+def kept_bytes() -> int:
+    """Of the memory that backward of a dropout on a half holds."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with Mesh.from_env(Plan(tp=2)) as mesh, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+
+        def forward(x: DTensor) -> Tensor:
+            return F.dropout(x.redistribute(placements=[Shard(0)]), 0.5)
+
+        on_pieces(forward, "dropout", mesh.torch["tp"])(torch.ones(8, 32, requires_grad=True))
+    return sum(kept.values())
+
+
+def test_of_the_mask_a_rank_keeps_its_part_only(ranks: RankPools) -> None:
+    assert ranks(2, kept_bytes) == [4 * 8 * 32 // 2] * 2
+
+
 def test_nothing_is_dropped_outside_training(ranks: RankPools) -> None:
     for found in ranks(2, dropped, Shard(0), torch.float32, False):
         assert all(torch.equal(expected, pieces) for expected, pieces in found)

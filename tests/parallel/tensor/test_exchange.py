@@ -8,7 +8,7 @@ from rank_pool import RankPools
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from trainfleet.mesh import Mesh
-from trainfleet.parallel.tensor.exchange import local_of, placed, whole_of
+from trainfleet.parallel.tensor.exchange import gathered, local_of, placed, whole_of
 from trainfleet.plan import Plan
 
 
@@ -32,6 +32,25 @@ def test_an_exchange_and_its_gradient_are_those_of_the_whole(
     ranks: RankPools, begin: Placement, end: Placement
 ) -> None:
     assert ranks(2, there_and_back, begin, end) == [True, True]
+
+
+def gathered_and_back(gradient: Placement) -> list[list[float]]:
+    """The whole that was gathered, and of a gradient that lies so this rank's piece."""
+    with Mesh.from_env(Plan(tp=2)) as mesh:
+        local = torch.tensor([[1.0, 2.0]]).mul(mesh.rank + 1).requires_grad_()
+        array = DTensor.from_local(local, mesh.torch["tp"], [Shard(1)], run_check=False)
+        whole = gathered(array)
+        assert whole.placements == (Replicate(),)
+        part = torch.full((1, 4), 3.0) if gradient.is_replicate() else torch.arange(4.0)[None] * (mesh.rank + 1)
+        whole.backward(DTensor.from_local(part, mesh.torch["tp"], [gradient], run_check=False))
+        assert local.grad is not None
+        return [whole.to_local()[0].tolist(), local.grad[0].tolist()]
+
+
+def test_of_a_gradient_in_parts_each_rank_gets_the_sum_of_its_piece(ranks: RankPools) -> None:
+    whole = [1.0, 2.0, 2.0, 4.0]
+    assert ranks(2, gathered_and_back, Partial()) == [[whole, [0.0, 3.0]], [whole, [6.0, 9.0]]]
+    assert ranks(2, gathered_and_back, Replicate()) == [[whole, [3.0, 3.0]]] * 2
 
 
 def parts_of_a_gradient() -> list[float]:

@@ -1,4 +1,4 @@
-"""split_context: let a model compute with its sequences in pieces over context-parallel ranks."""
+"""split_context: let a model compute with its sequences in pieces over context- or tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.context.region import Context
+from trainfleet.parallel.context.sequence import SWITCH_OFF
 from trainfleet.parallel.recompute import stop_caching
 from trainfleet.plan import Plan
 
@@ -19,17 +20,25 @@ def split_context(
 ) -> Context:
     """Let `model` split sequences over the axis cp of `mesh`, in place; `blocks` are what may be recomputed.
 
+    With plan.tp_sequence, over the axis tp, between the layers that are split over it.
+
     `whole` is the model of which `model` holds but some stages; a pipeline splits sequences where it trains, by itself.
     Raises PlanError before anything is changed where that cannot be.
     """
+    axis = "cp" if plan.cp > 1 else "tp"
     for name, module in (whole or model).named_modules():
         if isinstance(module, _BatchNorm) and plan.sync_batch_stats:
             raise PlanError(
-                f"plan.cp is {plan.cp}, and {name} is a {type(module).__name__}, whose statistics are those of all "
-                "positions; they are not synchronised over pieces of sequences. Use another norm, or set plan.cp to 1."
+                f"plan.{axis} is {getattr(plan, axis)}, and {name} is a {type(module).__name__}, whose statistics are "
+                "those of all positions; they are not synchronised over pieces of sequences. Use another norm, or set "
+                f"{SWITCH_OFF[axis]}."
             )
-    with_tensor = mesh.torch["cp", "tp"] if plan.tp > 1 else None
-    context = Context(mesh.torch["cp"], plan.cp_attention, with_tensor=with_tensor)
+    if axis == "tp":
+        # Blocks that are computed again forget what they got in the meantime.
+        context = Context(mesh.sharding["tp"], keep_over=mesh["tp"] if plan.recompute == "none" else None)
+    else:
+        with_tensor = mesh.torch["cp", "tp"] if plan.tp > 1 else None
+        context = Context(mesh.torch["cp"], plan.cp_attention, with_tensor=with_tensor)
     stop_caching(model)
     if plan.recompute != "none":
         for block in blocks:

@@ -1,7 +1,8 @@
 """Between plain tensors, DTensors of some axes and those of the whole region: there and back, with their gradients.
 
 What is plain is equal on all context-parallel ranks, and its gradient is the mean of what they have: so it is right for
-parameters, whose gradients are averaged over those ranks too, and for what is computed from them.
+parameters, whose gradients are averaged over those ranks too, and for what is computed from them. Over the axis tp
+nothing is averaged afterwards: gradients of what is plain are whole, and equal on all ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from trainfleet.parallel.tensor.exchange import placed
+from trainfleet.parallel.tensor.exchange import placed, whole_of
 
 AXIS = "cp"
 
@@ -48,6 +49,8 @@ def plain_of(tensor: Any) -> Any:
     """The whole of a DTensor on every rank, whatever the ranks then do with it: their gradients are averaged."""
     if not isinstance(tensor, DTensor):
         return tensor
+    if AXIS not in names(tensor.device_mesh):
+        return whole_of(tensor)
     whole = placed(tensor, *[Replicate()] * tensor.device_mesh.ndim)
     if whole.requires_grad and torch.is_grad_enabled():
         return _Plain.apply(whole)  # type: ignore[no-untyped-call]

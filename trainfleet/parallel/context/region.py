@@ -21,15 +21,18 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
 from trainfleet.batch import Batch, arrays, map_arrays
+from trainfleet.comm.group import Group
 from trainfleet.errors import PlanError
 from trainfleet.parallel.context.attention import Kind, attention_on_pieces
 from trainfleet.parallel.context.functions import RULES
 from trainfleet.parallel.context.lift import AXIS, lifted, lowered, names, plain_of
-from trainfleet.parallel.context.sequence import described, length_of, split_sequences
+from trainfleet.parallel.context.sequence import SWITCH_OFF, described, length_of, split_sequences
+from trainfleet.parallel.tensor.attention import split_attention
 from trainfleet.parallel.tensor.dropout import split_dropout
 from trainfleet.parallel.tensor.exchange import OUTER, placed, whole_of
 from trainfleet.parallel.tensor.functions import ASKED, BY_ELEMENT, chunk, iterate, split, splits, unbind
 from trainfleet.parallel.tensor.region import mapped, writes
+from trainfleet.parallel.tensor.sequence import OnSequences
 from trainfleet.parallel.torch_private import EnoughRecomputed, StridedShard, function_modes
 
 logger = logging.getLogger(__name__)
@@ -52,19 +55,31 @@ _UNTOUCHED = frozenset({"__set__", "backward", "grad", "register_hook", "require
 
 
 class Context:
-    """What a spread model has for context parallelism: enters and leaves the computation on pieces."""
+    """What a model with its sequences in pieces has: enters and leaves the computation on pieces."""
 
-    def __init__(self, mesh: DeviceMesh, kind: Kind, *, with_tensor: DeviceMesh | None = None) -> None:
-        """`mesh` has the axis cp; `with_tensor` the axes cp and tp, where layers are split too."""
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        kind: Kind = "ring",
+        *,
+        with_tensor: DeviceMesh | None = None,
+        keep_over: Group | None = None,
+    ) -> None:
+        """`mesh` has the axis cp, or tp; `with_tensor` the axes cp and tp, where layers are split too.
+
+        `keep_over` is the Group of tp, where what split layers get is to be kept in pieces for backward.
+        """
+        self._keep_over = keep_over
         self.mesh, self.kind = mesh, kind
+        (self.axis,) = names(mesh)
         self._with_tensor = with_tensor
         self._said: set[str] = set()
         self._local = threading.local()
         self._length = 0
 
     @property
-    def mode(self) -> OnPieces | None:
-        """The mode that this thread is in."""
+    def mode(self) -> OnPieces | OnSequences | None:
+        """The mode that this thread is in: between split layers, or inside of one."""
         return getattr(self._local, "mode", None)
 
     def run(self, compute: Callable[[Batch], Any], batch: Batch, *, strict: bool = False) -> Any:
@@ -81,11 +96,12 @@ class Context:
 
     def split(self, batch: Batch, *, strict: bool = False) -> tuple[Batch, int | None]:
         """The batch in pieces, and the length of its sequences; None where it stays whole, as `run` says."""
-        length = length_of(batch, self.mesh.size(), strict=strict)
+        length = length_of(batch, self.mesh.size(), strict=strict, axis=self.axis)
         if length is None:
             return batch, None
         if not self._length:
-            logger.info("Context parallel over %d ranks: %s.", self.mesh.size(), described(batch, length))
+            said = described(batch, length)
+            logger.info("Sequences in pieces over %d ranks of %s: %s.", self.mesh.size(), self.axis, said)
         self._length = length
         return split_sequences(batch, self.mesh, length), length
 
@@ -119,10 +135,23 @@ class Context:
 
         model.forward = split_or_whole  # type: ignore[method-assign]
 
-    def split_layer(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A forward whose parameters lie over the axis tp, on pieces over cp and tp."""
+    @property
+    def is_between_layers(self) -> bool:
+        """Whether this thread computes on pieces of sequences, outside of split layers."""
+        return isinstance(self.mode, OnPieces) and self.mode.mesh == self.mesh
+
+    def split_layer(self, forward: Callable[..., Any], name: str, said: set[str], args: Any, kwargs: Any) -> Any:
+        """The forward of the module `name`, whose parameters lie over the axis tp.
+
+        Over cp it is computed on pieces of both axes. Over tp sequences are gathered for it, and scattered after it
+        (Korthikanti et al., arXiv:2205.05198).
+        """
         mode = self.mode
-        assert self._with_tensor is not None and mode is not None
+        assert isinstance(mode, OnPieces)
+        if self._with_tensor is None:
+            inside = OnSequences(name, self.mesh, said, mode.length)
+            with self._known(inside):
+                return inside.compute(forward, args, kwargs, self._keep_over)
         args, kwargs = map_arrays(functools.partial(lifted, mesh=self._with_tensor), (args, kwargs))
         with self._entered(OnPieces(self, self._with_tensor, mode.length)):
             output = forward(*args, **kwargs)
@@ -133,11 +162,16 @@ class Context:
 
     @contextmanager
     def _entered(self, mode: OnPieces) -> Iterator[None]:
+        with self._known(mode), mode:
+            yield
+
+    @contextmanager
+    def _known(self, mode: OnPieces | OnSequences) -> Iterator[None]:
+        """While `mode` is entered, those around it let functions pass."""
         before, outer = self.mode, getattr(OUTER, "context", None)
         self._local.mode, OUTER.context = mode, self
         try:
-            with mode:
-                yield
+            yield
         finally:
             self._local.mode, OUTER.context = before, outer
 
@@ -150,7 +184,7 @@ class OnPieces(TorchFunctionMode):
         self.length = length
         self.mesh = mesh
         self._context = context
-        self._axis = names(mesh).index(AXIS)
+        self._axis = names(mesh).index(context.axis)
         self._said = context._said
 
     def is_of(self, context: Context) -> bool:
@@ -158,6 +192,8 @@ class OnPieces(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self._context.mode is not self:  # another is entered inside of this one
+            return func(*args, **kwargs)
         found = arrays((args, kwargs))
         pieces = [array for array in found if isinstance(array, DTensor) and array.device_mesh == self.mesh]
         called = getattr(func, "__name__", str(func))
@@ -177,6 +213,8 @@ class OnPieces(TorchFunctionMode):
     def _computed(self, func: Any, called: str, pieces: list[DTensor], args: Any, kwargs: Any) -> Any:
         whole = functools.partial(self._compute_whole, func, called)
         if func is torch.nn.functional.scaled_dot_product_attention:
+            if self._context.axis != AXIS:
+                return split_attention(self.mesh, whole, *args, **kwargs)
             return attention_on_pieces(self._context.kind, self.mesh, whole, *args, **kwargs)
         is_flat = any(_is_flat(each) for each in pieces)
         if (rule := (RULES if is_flat else _SPECIAL).get(func)) is not None:
@@ -193,7 +231,7 @@ class OnPieces(TorchFunctionMode):
     def _compute_whole(self, func: Any, called: str, *args: Any, **kwargs: Any) -> Any:
         if called not in self._said and any(not _is_copy(each) for each in arrays((args, kwargs))):
             self._said.add(called)
-            logger.info("%s is computed on the whole sequence by each context-parallel rank.", called)
+            logger.info("%s is computed on the whole sequence by each rank of %s.", called, self._context.axis)
         args, kwargs = map_arrays(_whole, (args, kwargs))
         return mapped(functools.partial(_copied, self.mesh), func(*args, **kwargs))
 
@@ -227,8 +265,8 @@ class OnPieces(TorchFunctionMode):
         if torch.is_grad_enabled() and any(each.requires_grad for each in arrays((args, kwargs))):
             raise PlanError(
                 f"The model calls {called} on a tensor that is split over the {self.mesh.size(self._axis)} ranks of "
-                "plan.cp, which cannot be done in place where gradients flow. Call the form that returns a new tensor, "
-                "or set plan.cp to 1."
+                f"plan.{self._context.axis}, which cannot be done in place where gradients flow. Call the form that "
+                f"returns a new tensor, or set {SWITCH_OFF[self._context.axis]}."
             )
         args, kwargs = map_arrays(_whole, (args, kwargs))
         func(*args, **kwargs)

@@ -12,11 +12,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainfleet.batch import Batch, arrays, map_arrays
 from trainfleet.errors import DataError
-from trainfleet.parallel.context.lift import lifted
+from trainfleet.parallel.context.lift import AXIS, lifted
 from trainfleet.parallel.tensor.exchange import placed
 
+SWITCH_OFF = {"cp": "plan.cp to 1", "tp": "plan.tp_sequence to false"}
+"""By the axis over which sequences are in pieces, what is to be set where they cannot be."""
 
-def length_of(batch: Batch, size: int, *, strict: bool) -> int | None:
+
+def length_of(batch: Batch, size: int, *, strict: bool, axis: str = AXIS) -> int | None:
     """The length of the sequences of `batch`: dimension 1 of its first array that has one.
 
     None where there is none, or `size` ranks do not divide it; DataError with the remedy instead, if `strict`.
@@ -29,14 +32,15 @@ def length_of(batch: Batch, size: int, *, strict: bool) -> int | None:
         return None
     if shape is None:
         raise DataError(
-            f"plan.cp={size} splits sequences, dimension 1 of [B, S, …], but no array of the batch has two dimensions: "
-            f"its shapes are {shapes}. Set plan.cp to 1."
+            f"plan.{axis}={size} splits sequences, dimension 1 of [B, S, …], but no array of the batch has two "
+            f"dimensions: its shapes are {shapes}. Set {SWITCH_OFF[axis]}."
         )
     divisors = [divisor for divisor in range(1, shape[1] + 1) if shape[1] % divisor == 0]
     few = ", ".join(map(str, divisors[:8])) + (", …" if len(divisors) > 8 else "")
     raise DataError(
-        f"plan.cp={size} does not divide the {shape[1]} positions of a sequence (dimension 1 of the batch's first "
-        f"array, {list(shape)}). Pad or pack to a multiple of {size}, or use one of cp = {few}."
+        f"plan.{axis}={size} does not divide the {shape[1]} positions of a sequence (dimension 1 of the batch's first "
+        f"array, {list(shape)}). Pad or pack to a multiple of {size}, use one of {axis} = {few}, or set "
+        f"{SWITCH_OFF[axis]}."
     )
 
 

@@ -30,7 +30,10 @@ def split_dropout(
         return input
     with torch.no_grad():
         ones = torch.empty_strided(input.shape, input.stride(), dtype=input.dtype, device=input.device).fill_(1)
-        mask = piece_like(torch.nn.functional.dropout(ones, p), input)
+        drawn = torch.nn.functional.dropout(ones, p)
+        mask = piece_like(drawn, input)
+        if mask.numel() < drawn.numel():
+            mask = mask.clone()  # backward keeps it, and with it would keep all of the whole
     if all(isinstance(placement, Replicate) for placement in input.placements):
         mask = mask.view_as(input.to_local())
     kept = DTensor.from_local(

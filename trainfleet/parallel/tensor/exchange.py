@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
@@ -40,6 +42,26 @@ def local_of(array: DTensor, *grad_placements: Placement) -> Tensor:
 def whole_of(array: DTensor) -> Tensor:
     """The whole, on every rank; gradients are equal on all of them."""
     return local_of(placed(array, *[Replicate()] * array.device_mesh.ndim))
+
+
+def gathered(array: DTensor) -> DTensor:
+    """The whole on every rank; of the gradient, which ranks have in parts or whole, each gets back its piece."""
+    if all(placement.is_replicate() for placement in array.placements):
+        return array
+    if array.requires_grad and torch.is_grad_enabled():
+        return _Gather.apply(array)  # type: ignore[no-any-return,no-untyped-call]
+    return placed(array, *[Replicate()] * array.device_mesh.ndim)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, array: DTensor) -> DTensor:
+        ctx.placements = array.placements
+        return placed(array, *[Replicate()] * array.device_mesh.ndim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: DTensor) -> Any:
+        return placed(grad, *ctx.placements)
 
 
 def _returned(placements: Sequence[Placement], gradient: Tensor) -> Tensor:

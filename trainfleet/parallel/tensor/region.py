@@ -55,14 +55,14 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh, *, is_he
     @functools.wraps(forward)
     def computed(*args: Any, **kwargs: Any) -> Any:
         context = getattr(OUTER, "context", None)
-        if context is not None and context.mode.mesh == context.mesh:
-            return context.split_layer(forward, args, kwargs)
+        if context is not None and context.is_between_layers:
+            return context.split_layer(forward, name, said, args, kwargs)
         if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
             return forward(*args, **kwargs)  # inside another region
-        args, kwargs = map_arrays(functools.partial(_copied, mesh), (args, kwargs))
+        args, kwargs = map_arrays(functools.partial(copied, mesh), (args, kwargs))
         before, OUTER.is_inside = getattr(OUTER, "is_inside", False), True
         try:
-            with _OnPieces(name, mesh, said):
+            with OnPieces(name, mesh, said):
                 output = forward(*args, **kwargs)
         finally:
             OUTER.is_inside = before
@@ -82,7 +82,7 @@ def keeping_logits(compute: Callable[[Any], Any], batch: Any, mesh: DeviceMesh) 
     return map_arrays(_whole, result)
 
 
-def _copied(mesh: DeviceMesh, tensor: Any) -> Any:
+def copied(mesh: DeviceMesh, tensor: Any) -> Any:
     """A whole tensor, equal on all ranks, as a DTensor. What ranks add to its gradient is summed."""
     if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
         return tensor
@@ -94,21 +94,6 @@ def _whole(tensor: Any) -> Any:
     if not isinstance(tensor, DTensor):
         return tensor
     return whole_of(tensor)
-
-
-def _settled(tensor: Any) -> Any:
-    """Sums that are still spread over the ranks are taken at once, so that there are only pieces and copies.
-
-    A gradient comes back as the tensor was placed: torch places what meets another placement anew without telling
-    autograd, and the views of backward may not be possible there.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if type(tensor.placements[0]) not in (Shard, Replicate):
-        tensor = placed(tensor, Replicate())
-    if tensor.requires_grad and not tensor.is_leaf:
-        tensor.register_hook(functools.partial(_as_placed, tensor.placements[0]))  # type: ignore[no-untyped-call]
-    return tensor
 
 
 def _as_placed(placement: Placement, gradient: Tensor) -> Tensor:
@@ -123,7 +108,7 @@ def _as_placed(placement: Placement, gradient: Tensor) -> Tensor:
     return gradient
 
 
-class _OnPieces(TorchFunctionMode):
+class OnPieces(TorchFunctionMode):
     """While it is entered, every function of torch takes DTensors and plain tensors together."""
 
     def __init__(self, name: str, mesh: DeviceMesh, said: set[str]) -> None:
@@ -142,15 +127,15 @@ class _OnPieces(TorchFunctionMode):
             args, kwargs = map_arrays(_whole, (args, kwargs))
             return func(*args, **kwargs)
         if len(pieces) < len(found):
-            args, kwargs = map_arrays(functools.partial(_copied, self._mesh), (args, kwargs))
+            args, kwargs = map_arrays(functools.partial(copied, self._mesh), (args, kwargs))
         if (rule := _SPECIAL.get(func)) is not None:
             whole = functools.partial(self._compute_whole, func)
-            return mapped(_settled, rule(self._mesh, whole, *args, **kwargs))
+            return mapped(self._settled, rule(self._mesh, whole, *args, **kwargs))
         if in_place:
             return self._change(func, called, args, kwargs)
         if splits(called, args):
             try:
-                return mapped(_settled, func(*args, **kwargs))
+                return mapped(self._settled, func(*args, **kwargs))
             except EnoughRecomputed:
                 raise
             except Exception as exc:  # where the whole fails too, that is the error of the model itself
@@ -163,7 +148,25 @@ class _OnPieces(TorchFunctionMode):
 
     def _compute_whole(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_arrays(_whole, (args, kwargs))
-        return mapped(functools.partial(_copied, self._mesh), func(*args, **kwargs))
+        return mapped(functools.partial(copied, self._mesh), func(*args, **kwargs))
+
+    def _settled(self, tensor: Any) -> Any:
+        """Sums that are still spread over the ranks are taken at once, so that there are only pieces and copies.
+
+        A gradient comes back as the tensor was placed: torch places what meets another placement anew without telling
+        autograd, and the views of backward may not be possible there.
+        """
+        if not isinstance(tensor, DTensor):
+            return tensor
+        if type(tensor.placements[0]) not in (Shard, Replicate):
+            tensor = placed(tensor, self._for_sum(tensor))
+        if tensor.requires_grad and not tensor.is_leaf:
+            tensor.register_hook(functools.partial(_as_placed, tensor.placements[0]))  # type: ignore[no-untyped-call]
+        return tensor
+
+    def _for_sum(self, tensor: DTensor) -> Placement:
+        """How a sum over ranks is to lie."""
+        return Replicate()
 
     def _change(self, func: Any, called: str, args: Any, kwargs: Any) -> Any:
         """A function that changes its first argument. What is not split is done on copies that need no gradient."""
@@ -191,7 +194,7 @@ class _OnPieces(TorchFunctionMode):
         )
 
 
-class _OnLogits(_OnPieces):
+class _OnLogits(OnPieces):
     """Computes with logits in pieces, outside of regions and after a head has made them."""
 
     has_begun = False
