@@ -40,7 +40,10 @@ def plans() -> dict[str, list[Plan]]:
     two += [spread(cp=4, zero=2, dp_shard=2), spread(tp=4, pp=2)]
     two += [spread(cp=2, pp=2, schedule=schedule) for schedule in SCHEDULES]
     two += [spread(cp=2, pp=2, cp_attention="all_to_all"), spread(cp=2, ep=2), spread(dp_replicate=2, ep=2, pp=2)]
-    two += [spread(tp=2, tp_vocabulary=True, **stage) for stage in zero]
+    two += [
+        spread(tp=2, tp_vocabulary=True, **stage)
+        for stage in (*zero, {"cp": 2}, {"pp": 2}, {"pp": 2, "schedule": "zbv"})
+    ]
     two += [spread(tp=2, tp_sequence=True, **stage) for stage in zero]
     three = [spread(tp=2, pp=2, **stage) for stage in zero]
     three += [spread(tp=2, cp=2, **stage) for stage in (zero[0], zero[-1])]
@@ -48,6 +51,7 @@ def plans() -> dict[str, list[Plan]]:
     three += [spread(cp=2, pp=2, **stage) for stage in zero]
     three += [spread(tp=2, cp=2, pp=2, cp_attention=kind) for kind in ("ring", "all_to_all")]
     three += [spread(cp=2, pp=2, ep=2), spread(zero=3, dp_shard=2, ep=2, pp=2, tp=2)]
+    three += [spread(tp=2, pp=2, cp=2, tp_vocabulary=True)]
     narrow = [spread(precision="bf16", recompute="blocks", **axis) for axis in (*axes, {"zero": 3, "dp_shard": 2})]
     narrow += [spread(precision="bf16", microbatches=2, tp=2, pp=2), spread(precision="fp16", pp=2)]
     narrow += [spread(precision="bf16", recompute="blocks", cp=2, pp=2)]

@@ -175,11 +175,6 @@ class Plan:
             self._refuse_of_experts()
         if self.tp_sequence:
             self._refuse_of_sequence()
-        if self.tp_vocabulary and self.tp > 1 and self.cp > 1:
-            raise PlanError(
-                f"plan.tp_vocabulary is set with plan.cp = {self.cp}, under which losses are not computed from logits "
-                "in pieces. Leave tp_vocabulary out."
-            )
         if self.compile and self.tp > 1:
             raise PlanError(
                 f"plan.compile is set with plan.tp = {self.tp}; split layers are not compiled yet. "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +135,17 @@ def by_hand(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return -at_target.mean() + 1e-2 * output.logsumexp(-1).square().mean()
 
 
+def weighted(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    by = torch.linspace(0.5, 2, output.shape[-1])
+    return F.cross_entropy(output.flatten(0, 1), batch["target"].flatten(), by)
+
+
+def unflattened(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    target = batch["target"].where(batch["input"] != 3, -100)
+    each = F.cross_entropy(output.transpose(1, 2), target, reduction="none", label_smoothing=0.1)
+    return each.sum() / (target != -100).sum()
+
+
 def case_of(tied: bool, loss: Any = plain_loss) -> Case:
     return Case(
         build=functools.partial(model_of, tied),
@@ -186,14 +200,60 @@ def test_stages_leave_logits_in_pieces_for_the_loss(ranks: RankPools, tied: bool
 @pytest.mark.matrix
 def test_stages_take_a_loss_written_by_hand_and_shard_what_is_left(ranks: RankPools) -> None:
     check(ranks, 4, case_of(True, by_hand), STAGED[0])
-    for zero in (1, 3):
-        check(ranks, 8, case_of(True), Plan(tp=2, pp=2, tp_vocabulary=True, zero=zero))
+    for more in ({"zero": 1}, {"zero": 3}, {"cp": 2}):
+        check(ranks, 8, case_of(True), Plan(tp=2, pp=2, tp_vocabulary=True, **more))
 
 
-def lain_in_stages() -> tuple[list[str], bool]:
-    """How the logits of a step and of an evaluation lie where the loss is, and whether a call gives them whole."""
-    plan = STAGED[0]
+def ending_in_a_norm() -> nn.Module:
+    return nn.Sequential(OrderedDict(model=build("perceptron"), last=nn.LayerNorm(16)))
+
+
+@pytest.mark.matrix
+def test_logits_that_go_to_another_stage_are_whole_on_the_way(ranks: RankPools) -> None:
+    case = replace(case_of(False), build=ending_in_a_norm)
+    for more in ({}, {"cp": 2}):
+        size = 4 * more.get("cp", 1)
+        check(ranks, size, case, Plan(tp=2, pp=2, tp_vocabulary=True, stages=("last",), **more))
+
+
+IN_PIECES = [
+    Plan(tp=2, cp=2, tp_vocabulary=True),
+    Plan(tp=2, cp=2, tp_vocabulary=True, recompute="blocks"),
+    Plan(tp=2, cp=2, tp_vocabulary=True, zero=3),
+]
+
+
+def test_sequences_in_pieces_go_with_logits_in_pieces(ranks: RankPools) -> None:
+    hold(ranks, 4, case_of(True), IN_PIECES[:1])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("tied", [False, True])
+def test_sequences_in_pieces_take_every_loss(ranks: RankPools, tied: bool) -> None:
+    hold(ranks, 4, case_of(tied), IN_PIECES)
+    for loss in (by_hand, weighted, unflattened):
+        hold(ranks, 4, case_of(tied, loss), IN_PIECES[:1])
+
+
+class Said(logging.Handler):
+    """The names of functions that are computed whole while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "computed" in record.msg:
+            self.names.add(str(record.args[0]))
+
+
+def lain(plan: Plan) -> tuple[list[str], bool, set[str]]:
+    """How the logits of a step and of an evaluation lie where the loss is, whether a call gives them in pieces too,
+    and what was computed whole."""
     seen: list[str] = []
+    logger, said = logging.getLogger("trainfleet.parallel"), Said()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(said)
 
     def loss(output: Tensor, batch: dict[str, Tensor]) -> Any:
         seen.append(str(output.placements) if isinstance(output, DTensor) else "whole")
@@ -205,13 +265,19 @@ def lain_in_stages() -> tuple[list[str], bool]:
         engine = make_engine(model, adamw(model), loss)
         engine.forward_backward([tokens(0)])
         engine.evaluate([tokens(1)])
-        return seen, isinstance(model(tokens(0)["input"]), DTensor)
+        logger.removeHandler(said)
+        return seen, isinstance(model(tokens(0)["input"]), DTensor), said.names
 
 
 def test_only_the_last_stage_has_logits_and_they_are_in_pieces(ranks: RankPools) -> None:
-    found = ranks(4, lain_in_stages)
-    assert [seen for seen, _ in found] == [[], [], ["(Shard(dim=2),)"] * 2, ["(Shard(dim=2),)"] * 2]
-    assert not any(is_split for _, is_split in found)
+    found = ranks(4, lain, STAGED[0])
+    assert [seen for seen, *_ in found] == [[], [], ["(Shard(dim=2),)"] * 2, ["(Shard(dim=2),)"] * 2]
+    assert not any(is_split or whole for _, is_split, whole in found)
+
+
+def test_logits_lie_in_pieces_of_sequences_and_of_tokens_and_nothing_is_computed_whole(ranks: RankPools) -> None:
+    for seen, is_split, whole in ranks(4, lain, IN_PIECES[0]):
+        assert seen == ["(Shard(dim=1), Shard(dim=2))"] * 2 and not is_split and not whole
 
 
 def alone_in_bf16(case: Case) -> Any:

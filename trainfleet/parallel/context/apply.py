@@ -38,7 +38,7 @@ def split_context(
         context = Context(mesh.sharding["tp"], keep_over=mesh["tp"] if plan.recompute == "none" else None)
     else:
         with_tensor = mesh.torch["cp", "tp"] if plan.tp > 1 else None
-        context = Context(mesh.torch["cp"], plan.cp_attention, with_tensor=with_tensor)
+        context = Context(mesh.torch["cp"], plan.cp_attention, with_tensor=with_tensor, keeps_logits=plan.tp_vocabulary)
     stop_caching(model)
     if plan.recompute != "none":
         for block in blocks:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from trainfleet.batch import map_arrays
-from trainfleet.parallel.context.lift import lifted
+from trainfleet.parallel.context.lift import lifted, lowered
 from trainfleet.parallel.tensor.exchange import local_of, placed, whole_of
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Handover:
 
     def leaving(self, tensor: Tensor) -> Tensor:
         """The plain tensor that is sent of `tensor`: a DTensor, or a plain one that is equal on all ranks."""
-        array = lifted(tensor, self._context.mesh)
+        array = lifted(lowered(tensor, self._context.mesh), self._context.mesh)
         assert isinstance(array, DTensor)
-        return local_of(placed(array, self._placement(tuple(array.shape))))
+        return local_of(placed(array, self._placement(tuple(array.shape)))).clone()  # FSDP2 warns of views
 
     def arriving(self, piece: Tensor, whole: tuple[int, ...]) -> Tensor:
         """The reverse of `leaving`: a DTensor of shape `whole`."""

@@ -64,11 +64,14 @@ class Context:
         *,
         with_tensor: DeviceMesh | None = None,
         keep_over: Group | None = None,
+        keeps_logits: bool = False,
     ) -> None:
         """`mesh` has the axis cp, or tp; `with_tensor` the axes cp and tp, where layers are split too.
 
-        `keep_over` is the Group of tp, where what split layers get is to be kept in pieces for backward.
+        `keep_over` is the Group of tp, where what split layers get is to be kept in pieces for backward. With
+        `keeps_logits`, what heads give stays in pieces over both axes.
         """
+        self._keeps_logits = keeps_logits
         self._keep_over = keep_over
         self.mesh, self.kind = mesh, kind
         (self.axis,) = names(mesh)
@@ -140,8 +143,10 @@ class Context:
         """Whether this thread computes on pieces of sequences, outside of split layers."""
         return isinstance(self.mode, OnPieces) and self.mode.mesh == self.mesh
 
-    def split_layer(self, forward: Callable[..., Any], name: str, said: set[str], args: Any, kwargs: Any) -> Any:
-        """The forward of the module `name`, whose parameters lie over the axis tp.
+    def split_layer(
+        self, forward: Callable[..., Any], name: str, said: set[str], args: Any, kwargs: Any, *, is_head: bool = False
+    ) -> Any:
+        """The forward of the module `name`, whose parameters lie over the axis tp; of a head, `is_head`.
 
         Over cp it is computed on pieces of both axes. Over tp sequences are gathered for it, and scattered after it
         (Korthikanti et al., arXiv:2205.05198).
@@ -155,7 +160,18 @@ class Context:
         args, kwargs = map_arrays(functools.partial(lifted, mesh=self._with_tensor), (args, kwargs))
         with self._entered(OnPieces(self, self._with_tensor, mode.length)):
             output = forward(*args, **kwargs)
+        if is_head and self._keeps_logits:
+            return output
         return map_arrays(functools.partial(lowered, mesh=self.mesh), output)
+
+    def wider(self, found: list[Any], length: int) -> OnPieces | None:
+        """What computes on pieces of both axes outside of layers, where some of `found` (logits) lie so."""
+        if not self._keeps_logits or not any(
+            isinstance(each, DTensor) and each.device_mesh == self._with_tensor for each in found
+        ):
+            return None
+        assert self._with_tensor is not None
+        return OnPieces(self, self._with_tensor, length)
 
     def _has_pieces(self, value: Any) -> bool:
         return any(isinstance(array, DTensor) and array.device_mesh == self.mesh for array in arrays(value))
@@ -195,6 +211,12 @@ class OnPieces(TorchFunctionMode):
         if self._context.mode is not self:  # another is entered inside of this one
             return func(*args, **kwargs)
         found = arrays((args, kwargs))
+        if self.mesh == self._context.mesh and (wider := self._context.wider(found, self.length)) is not None:
+            return wider.compute(func, found, args, kwargs)
+        return self.compute(func, found, args, kwargs)
+
+    def compute(self, func: Any, found: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """`func` of these arguments, in which there are the arrays `found`."""
         pieces = [array for array in found if isinstance(array, DTensor) and array.device_mesh == self.mesh]
         called = getattr(func, "__name__", str(func))
         if not pieces or called in _UNTOUCHED:

@@ -56,7 +56,7 @@ def on_pieces(forward: Callable[..., Any], name: str, mesh: DeviceMesh, *, is_he
     def computed(*args: Any, **kwargs: Any) -> Any:
         context = getattr(OUTER, "context", None)
         if context is not None and context.is_between_layers:
-            return context.split_layer(forward, name, said, args, kwargs)
+            return context.split_layer(forward, name, said, args, kwargs, is_head=is_head)
         if any(isinstance(array, DTensor) for array in arrays((args, kwargs))):
             return forward(*args, **kwargs)  # inside another region
         args, kwargs = map_arrays(functools.partial(copied, mesh), (args, kwargs))

@@ -105,21 +105,22 @@ def split_embedding(
     tokens = whole_of(input)
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(weight):
         return whole(input, weight, padding_idx)  # which tells of it
-    table = local_of(weight)
-    own, is_own = _own(tokens, mesh, len(table))
-    if padding_idx is not None:  # its row gets no gradient
-        is_padding = (tokens == padding_idx % len(weight)).unsqueeze(-1)
-        found = torch.nn.functional.embedding(own, table)
-        found = torch.where(is_padding, found.detach(), found)
-    else:
-        found = torch.nn.functional.embedding(own, table)
-    found = found.masked_fill(~is_own.unsqueeze(-1), 0.0)
+    found = looked_up(tokens, local_of(weight), mesh.get_local_rank(), padding_idx, len(weight))
     return placed(DTensor.from_local(found, mesh, [Partial()], run_check=False), Replicate())
 
 
-def _own(tokens: Tensor, mesh: DeviceMesh, length: int) -> tuple[Tensor, Tensor]:
+def looked_up(tokens: Tensor, table: Tensor, rank: int, padding_idx: int | None, total: int) -> Tensor:
+    """The rows [..., D] of `tokens` in this rank's piece [c, D] of a table of `total`; zeros for those of others."""
+    own, is_own = _own(tokens, rank, len(table))
+    found = torch.nn.functional.embedding(own, table)
+    if padding_idx is not None:  # its row gets no gradient
+        found = torch.where((tokens == padding_idx % total).unsqueeze(-1), found.detach(), found)
+    return found.masked_fill(~is_own.unsqueeze(-1), 0.0)
+
+
+def _own(tokens: Tensor, rank: int, length: int) -> tuple[Tensor, Tensor]:
     """Where each token lies in this rank's piece, 0 where it does not, and whether it does."""
-    local = tokens - mesh.get_local_rank() * length
+    local = tokens - rank * length
     is_own = (local >= 0) & (local < length)
     return torch.where(is_own, local, 0), is_own
 
@@ -144,32 +145,17 @@ def split_cross_entropy(
     dim = 1 if input.ndim > 1 else 0
     total = input.shape[dim]
     options = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    is_known = (
-        input.placements[0] == Shard(dim)
-        and total % mesh.size() == 0
-        and target.dtype == torch.int64
-        and target.shape == (*input.shape[:dim], *input.shape[dim + 1 :])
-        and size_average is None
-        and reduce is None
-        and (weight is None or label_smoothing == 0.0)
-        and reduction in ("none", "sum", "mean")
-        and 0.0 <= label_smoothing <= 1.0
-    )
-    if not is_known:
+    is_split = input.placements[0] == Shard(dim) and total % mesh.size() == 0
+    if not is_split or not has_rule(input, target, *options):
         return whole(input, target, *options)
     wanted = whole_of(target).reshape(-1)
-    is_kept = wanted != ignore_index
-    is_token = (wanted >= 0) & (wanted < total)
-    if wanted.device.type == "cpu" and not bool((is_token | ~is_kept).all()):
+    if wanted.device.type == "cpu" and not bool((_is_token(wanted, total) | (wanted == ignore_index)).all()):
         return whole(input, target, *options)  # which tells of it
     logits = local_of(input).movedim(dim, -1).reshape(len(wanted), total // mesh.size())
-    losses = _TokenLoss.apply(logits, wanted, mesh, label_smoothing, total)  # type: ignore[no-untyped-call]
-    losses = torch.where(is_kept, losses, 0.0)
-    if weight is None:
-        weights = is_kept.to(losses.dtype)
-    else:
-        weights = torch.where(is_kept, whole_of(weight)[torch.where(is_token, wanted, 0)], 0.0).to(losses.dtype)
-        losses = losses * weights
+    by = None if weight is None else whole_of(weight)
+    losses, weights = token_losses(
+        logits, wanted, mesh.get_group(), by, total=total, ignore_index=ignore_index, smoothing=label_smoothing
+    )
     if reduction == "none":
         result = losses.reshape(target.shape)
     else:
@@ -177,17 +163,66 @@ def split_cross_entropy(
     return result.to(input.dtype)
 
 
+def has_rule(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+) -> bool:
+    """Whether `token_losses` knows a cross-entropy with these arguments: of labels, not of probabilities."""
+    dim = 1 if input.ndim > 1 else 0
+    return (
+        target.dtype == torch.int64
+        and target.shape == (*input.shape[:dim], *input.shape[dim + 1 :])
+        and size_average is None
+        and reduce is None
+        and (weight is None or label_smoothing == 0.0)
+        and reduction in ("none", "sum", "mean")
+        and 0.0 <= label_smoothing <= 1.0
+    )
+
+
+def token_losses(
+    logits: Tensor,
+    wanted: Tensor,
+    group: dist.ProcessGroup,
+    weight: Tensor | None,
+    *,
+    total: int,
+    ignore_index: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses [N] and what each weighs, of this rank's logits [N, c] of `total` and all targets [N]."""
+    is_kept = wanted != ignore_index
+    losses = _TokenLoss.apply(logits, wanted, group, smoothing, total)  # type: ignore[no-untyped-call]
+    losses = torch.where(is_kept, losses, 0.0)
+    if weight is None:
+        return losses, is_kept.to(losses.dtype)
+    of_each = weight[torch.where(_is_token(wanted, total), wanted, 0)]
+    weights = torch.where(is_kept, of_each, 0.0).to(losses.dtype)
+    return losses * weights, weights
+
+
+def _is_token(wanted: Tensor, total: int) -> Tensor:
+    return (wanted >= 0) & (wanted < total)
+
+
 class _TokenLoss(torch.autograd.Function):
     """Logits [N, c] of this rank and targets [N] to losses [N], equal on all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, mesh: DeviceMesh, smoothing: float, total: int) -> Tensor:
-        group = mesh.get_group()
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup, smoothing: float, total: int
+    ) -> Tensor:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         largest = wide.amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         centred = wide - largest[:, None]
-        own, is_own = _own(target, mesh, logits.shape[-1])
+        own, is_own = _own(target, dist.get_rank(group), logits.shape[-1])
         at_target = centred.gather(-1, own[:, None]).squeeze(-1).masked_fill(~is_own, 0.0)
         of_all = centred.sum(-1) if smoothing else torch.zeros_like(at_target)
         exponentials = centred.exp_()
