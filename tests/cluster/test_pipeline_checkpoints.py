@@ -97,6 +97,8 @@ WAYS = [
     ("split", 8, Plan(pp=2, tp=2, zero=1, blocks=("blocks.*",)), 3, Plan(pp=3)),
     ("split", 1, Plan(), 8, Plan(pp=2, tp=2, zero=2)),
     ("split", 4, Plan(tp=2, zero=3), 4, Plan(pp=2, zero=3)),
+    ("split", 4, Plan(pp=2, cp=2, zero=3), 2, Plan(pp=2)),
+    ("split", 1, Plan(), 8, Plan(pp=2, cp=2, zero=2)),
 ]
 
 
