@@ -65,7 +65,7 @@ class Plan:
     """Ranks over which one copy is sharded. None: what dp_replicate leaves."""
     tp: int = 1
     """Ranks over which each layer is split (tensor parallelism): attention by heads, pairs of linear layers by what is
-    between them."""
+    between them, convolutions by channels."""
     cp: int = 1
     """Ranks over which each sequence is split (context parallelism)."""
     cp_attention: Literal["ring", "all_to_all"] = "ring"
@@ -124,10 +124,10 @@ class Plan:
     tp_whole: tuple[str, ...] = ()
     """Names or class names of modules that every tensor-parallel rank computes whole."""
     tp_columns: tuple[str, ...] = ()
-    """Names or class names of linear layers split by output features. Unnamed ones: the `tp_plan` of a model of
-    transformers, else found."""
+    """Names or class names of linear layers and convolutions split by output features or channels. Unnamed ones: the
+    `tp_plan` of a model of transformers, else found."""
     tp_rows: tuple[str, ...] = ()
-    """Names or class names of linear layers split by input features."""
+    """Names or class names of linear layers and convolutions split by input features or channels."""
     tp_vocabulary: bool = False
     """Split embeddings and output heads by vocabulary too; `cross_entropy` then never gathers the logits."""
     tp_sequence: bool = False
