@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
@@ -17,12 +18,12 @@ from trainfleet.parallel.activations import offload_activations
 from trainfleet.parallel.batch_stats import sync_batch_stats
 from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.budget import Budget
-from trainfleet.parallel.context import split_context
+from trainfleet.parallel.context import Context, split_context
 from trainfleet.parallel.deepspeed.choice import at_hand
 from trainfleet.parallel.deferred import is_deferred, materialize, starts
 from trainfleet.parallel.experts import split_experts
 from trainfleet.parallel.partition import partition_inputs
-from trainfleet.parallel.pipeline import deal_out, split_stages
+from trainfleet.parallel.pipeline import Pipeline, deal_out, split_stages
 from trainfleet.parallel.pipeline.tied import refuse_unlike_holders
 from trainfleet.parallel.place import place
 from trainfleet.parallel.precision import cast_compute, refuse_narrow_parameters
@@ -32,7 +33,7 @@ from trainfleet.parallel.replicas import digests
 from trainfleet.parallel.replicate import GradientAverage, refuse_sparse_gradients
 from trainfleet.parallel.shard import shard, units_of
 from trainfleet.parallel.spread import Spread, attach, is_spread, whole_parameters
-from trainfleet.parallel.tensor import split_model
+from trainfleet.parallel.tensor import Split, split_model
 from trainfleet.parallel.tensor.apply import settle_gradients
 from trainfleet.plan import Plan
 
@@ -53,29 +54,56 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     blocks = find_blocks(model, plan.blocks)
     _refuse(model, blocks, mesh, plan)
 
-    waits = is_deferred(model)
-    if not waits and not plan.devices:
+    if not is_deferred(model) and not plan.devices:
         model.to(mesh.device)
     take_equal_parameters(model, mesh.world)
-    pipeline = deal_out(model, blocks, mesh, plan, example) if plan.pp > 1 else None
+    pipeline, split, context = _deal_out(model, blocks, mesh, plan, example)
+    held = set(model.modules())
+    blocks = [block for block in blocks if block in held]
+    budget = _prepare_computation(model, blocks, mesh, plan)
+    sharded, average = _spread_over_data(model, blocks, mesh, plan)
+    spread = Spread(
+        plan=plan,
+        mesh=mesh,
+        average=average,
+        sharded=sharded,
+        split=split,
+        context=context,
+        pipeline=pipeline,
+        budget=budget,
+    )
+    attach(model, spread)
     if pipeline is not None:
-        forward, held = model.forward, set(model.modules())
-        blocks = [block for block in blocks if block in held]
-        split = split_stages(pipeline, mesh, plan) if plan.tp > 1 else None
-    else:
-        split = split_model(model, mesh.sharding["tp"], plan) if plan.tp > 1 else None
-    whole = pipeline.shadow.model if pipeline is not None else None
+        refuse_unlike_holders(pipeline, model)
+    return model
+
+
+def _deal_out(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan, example: Batch | None
+) -> tuple[Pipeline | None, Split | None, Context | None]:
+    """One copy of the model over the ranks that compute it together: stages, layers, experts, sequences."""
+    pipeline = deal_out(model, blocks, mesh, plan, example) if plan.pp > 1 else None
+    split = None
+    if plan.tp > 1:
+        split = split_stages(pipeline, mesh, plan) if pipeline else split_model(model, mesh.sharding["tp"], plan)
+    whole = pipeline.shadow.model if pipeline else None
     if mesh.experts is not None:
         split_experts(model, mesh.experts, whole=whole)
     context = split_context(model, blocks, mesh, plan, whole=whole) if plan.cp > 1 or plan.tp_sequence else None
+    return pipeline, split, context
+
+
+def _prepare_computation(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan) -> Budget | None:
+    """How this rank computes its part: in which precision, what it keeps for backward and where, compiled or not."""
     if plan.sync_batch_stats:
         sync_batch_stats(model, mesh.data_axes)
     device_type = torch.device(mesh.device).type
     if plan.zero == 3 and plan.precision != "fp32" and plan.recompute == "none" and not plan.compile:
         recast(model, device_type)
+    forward = model.forward
     cast_compute(model, plan, device_type)
-    if pipeline is not None:
-        model.forward = forward  # type: ignore[method-assign]  # casts as the whole model's would
+    if plan.pp > 1:
+        model.forward = forward  # type: ignore[method-assign]  # it casts as the whole model's would
     budget = None
     if plan.recompute != "none":
         keep = (plan.recompute_keep or PRODUCTS) if plan.recompute == "selective" else ()
@@ -91,25 +119,26 @@ def parallelize(model: nn.Module, mesh: Mesh, plan: Plan, *, example: Batch | No
     if plan.compile:
         for block in blocks or [model]:
             block.compile()
+    return budget
+
+
+def _spread_over_data(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, plan: Plan
+) -> tuple[FSDPModule | None, GradientAverage]:
+    """This rank's part over the ranks that see different data: sharded, or whole and averaged."""
     is_native = plan.engine == "native"  # DeepSpeed shards and averages by itself
     sharded = shard(model, units_of(model, blocks, plan), mesh.sharding, plan) if plan.zero and is_native else None
-    if waits:
+    if is_deferred(model):
         materialize(model, mesh.device, shards_on="cpu" if is_native and plan.offload == "parameters" else None)
-    if split is not None:
+    if plan.tp > 1:
         settle_gradients(model)
-    averaged = whole_parameters(model) if is_native else []
     average = GradientAverage(
-        averaged,
+        whole_parameters(model) if is_native else [],
         mesh.gradient_axes,
         overlap=sharded is None and mesh.experts is None,
         expert_group=mesh["ep_replicate"] if mesh.experts is not None else None,
     )
-    spread = Spread(plan=plan, mesh=mesh, average=average, sharded=sharded, split=split, pipeline=pipeline)
-    spread.context, spread.budget = context, budget
-    attach(model, spread)
-    if pipeline is not None:
-        refuse_unlike_holders(pipeline, model)
-    return model
+    return sharded, average
 
 
 def take_equal_parameters(model: nn.Module, group: Group) -> None:

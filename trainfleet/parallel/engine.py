@@ -30,7 +30,7 @@ from trainfleet.parallel.pieces import ModelState, OptimizerState
 from trainfleet.parallel.precision import raise_to_float32, refuse_narrow_state, watch_dtypes
 from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 from trainfleet.parallel.same_batch import refuse_unlike_batches
-from trainfleet.parallel.spread import spread_of
+from trainfleet.parallel.spread import Spread, spread_of
 from trainfleet.parallel.usage import Usage
 from trainfleet.plan import Plan
 from trainfleet.state import Setting, Stateful
@@ -114,10 +114,7 @@ class NativeEngine:
         return self._scaler.scale if self._scaler else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
-        if not micro_batches:
-            raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
-        if self.plan.microbatches > 1:
-            micro_batches = [part for batch in micro_batches for part in cut_batch(batch, self.plan.microbatches)]
+        micro_batches = parts_of(micro_batches, self.plan)
         if not self.model.training:  # walking through all modules costs 0.1 ms
             self.model.train()
         self._usage.start()
@@ -129,14 +126,8 @@ class NativeEngine:
         if self._is_checked:
             return self._run(micro_batches)
         refuse_unlike_batches(micro_batches, self.mesh)
-        with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
-            loss = self._run(micro_batches)
-        if self.spread.budget is not None:
-            self.spread.budget.settle(self.mesh.world)
-        # Ranks may have used different modules; all of them must stop.
-        if found := [each[0] for each in self.mesh.world.exchange(found[:1]) if each]:
-            raise PlanError(found[0])
-        return loss
+        with first_step(self.model, self.spread):
+            return self._run(micro_batches)
 
     def _run(self, micro_batches: Sequence[Batch]) -> LossSum:
         device = self.mesh.device
@@ -298,6 +289,29 @@ class _Counters:
         self._engine._divisor = None if divisor is None else float(divisor) / self._shares()
         if self._engine._scaler is not None and state["loss_scale"] is not None:
             self._engine._scaler.load_state_dict(state["loss_scale"])
+
+
+def parts_of(micro_batches: Sequence[Batch], plan: Plan) -> Sequence[Batch]:
+    """The micro-batches of a step as they are run, cut as plan.microbatches says; DataError where there are none."""
+    if not micro_batches:
+        raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
+    if plan.microbatches == 1:
+        return micro_batches
+    return [part for batch in micro_batches for part in cut_batch(batch, plan.microbatches)]
+
+
+@contextmanager
+def first_step(model: nn.Module, spread: Spread) -> Iterator[None]:
+    """Around the first forwards and backwards: holds dtypes against the table of precisions, and settles a budget.
+
+    PlanError on all ranks where one finds something: they may have used different modules.
+    """
+    with watch_dtypes(model, spread.plan, torch.device(spread.mesh.device).type) as found:
+        yield
+    if spread.budget is not None:
+        spread.budget.settle(spread.mesh.world)
+    if reasons := [each[0] for each in spread.mesh.world.exchange(found[:1]) if each]:
+        raise PlanError(reasons[0])
 
 
 def refuse_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainfleet.batch import Batch, cut_batch, to_device
-from trainfleet.errors import DataError, PlanError
+from trainfleet.batch import Batch, to_device
+from trainfleet.errors import DataError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.clip import gradient_norm, norm_of_pieces, scale_gradients_
@@ -30,12 +30,14 @@ from trainfleet.parallel.engine import (
     call_with_batch,
     checked_loss,
     evaluating,
+    first_step,
+    parts_of,
     refuse_optimizer,
 )
 from trainfleet.parallel.loss_scale import LossScaler
 from trainfleet.parallel.out_of_memory import phase
 from trainfleet.parallel.pieces import OptimizerState
-from trainfleet.parallel.precision import raise_to_float32, watch_dtypes
+from trainfleet.parallel.precision import raise_to_float32
 from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.plan import Plan
@@ -91,10 +93,7 @@ class DeepSpeedEngine:
         return self.scaler.scale if self.scaler else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
-        if not micro_batches:
-            raise DataError("A step needs at least one micro-batch on every rank; this one got none.")
-        if self.plan.microbatches > 1:
-            micro_batches = [part for batch in micro_batches for part in cut_batch(batch, self.plan.microbatches)]
+        micro_batches = parts_of(micro_batches, self.plan)
         if not self.model.training:
             self.model.train()
         if self._has_gradients:  # no step took them: an error came between, or nobody wanted them
@@ -103,13 +102,8 @@ class DeepSpeedEngine:
         self._norm = None
         if self._is_checked:
             return self._run(micro_batches)
-        with watch_dtypes(self.model, self.plan, torch.device(self.mesh.device).type) as found:
-            loss = self._run(micro_batches)
-        if self.spread.budget is not None:
-            self.spread.budget.settle(self.mesh.world)
-        if found := [each[0] for each in self.mesh.world.exchange(found[:1]) if each]:
-            raise PlanError(found[0])
-        return loss
+        with first_step(self.model, self.spread):
+            return self._run(micro_batches)
 
     def _run(self, micro_batches: Sequence[Batch]) -> LossSum:
         device, group = self.mesh.device, self.mesh.data_axes
