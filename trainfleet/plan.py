@@ -330,9 +330,9 @@ class Plan:
         if replicate is None and shard is None:
             replicate = 1
         if shard is None:
-            shard = _quotient(for_data, replicate or 1, "dp_replicate")
+            shard = _quotient(for_data, replicate or 1, "dp_replicate", others)
         if replicate is None:
-            replicate = _quotient(for_data, shard, "dp_shard")
+            replicate = _quotient(for_data, shard, "dp_shard", others)
         needed = replicate * shard * others
         if needed != world_size:
             names, degrees = "dp_replicate x dp_shard", f"{replicate} x {shard}"
@@ -342,8 +342,7 @@ class Plan:
                 f"The plan needs {names} = {degrees} = {needed} processes, "
                 f"but there are {world_size}. Start {needed}, or change the plan."
             )
-        if for_data * self.cp % self.ep:
-            _quotient(for_data * self.cp, self.ep, "ep")
+        _quotient(for_data * self.cp, self.ep, "ep", others // self.cp)
         return replace(self, dp_replicate=replicate, dp_shard=shard)
 
     def __str__(self) -> str:
@@ -365,11 +364,15 @@ class Plan:
         return " ".join(parts)
 
 
-def _quotient(world_size: int, degree: int, name: str) -> int:
-    if world_size % degree:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+def _quotient(number: int, degree: int, name: str, others: int = 1) -> int:
+    """`number` is that of all processes, or of those left where `others` of them share each place."""
+    if number % degree:
+        divisors = [d for d in range(1, number + 1) if number % d == 0]
+        kind = f"process{'es' * (number != 1)} of this run"
+        if others > 1:
+            kind = f"{'place' if number == 1 else 'places'} that {number * others} processes leave beside other degrees"
         raise PlanError(
-            f"plan.{name}={degree} does not divide the {world_size} process{'es' * (world_size != 1)} of this run. "
-            f"Use one of {divisors}, or start a multiple of {degree} processes."
+            f"plan.{name}={degree} does not divide the {number} {kind}. "
+            f"Use one of {divisors}, or start a multiple of {degree * others} processes."
         )
-    return world_size // degree
+    return number // degree
