@@ -103,6 +103,7 @@ def test_a_pipeline_has_as_many_stages_as_its_schedule_wants():
         ({"recompute": "blocks", "activations": "partition"}, "Set tp to 2 or more"),
         ({"recompute": "blocks", "activations": "partition", "tp": 2, "cp": 2}, "pieces of sequences already"),
         ({"tp_sequence": True}, "Set tp to 2 or more"),
+        ({"tp_sequence": True, "tp": 2, "recompute": "selective"}, "Set recompute to 'blocks' or 'none'"),
         ({"tp_sequence": True, "tp": 2, "pp": 2}, "Leave tp_sequence out, or set pp to 1"),
         ({"tp_sequence": True, "tp": 2, "tp_vocabulary": True}, "logits lie in pieces of sequences already"),
         (

@@ -263,6 +263,11 @@ class Plan:
                 "plan.tp_sequence is set with plan.tp_vocabulary; logits lie in pieces of sequences already, and are "
                 "never gathered. Leave one of them out."
             )
+        if self.recompute == "selective":
+            raise PlanError(
+                "plan.tp_sequence is set with plan.recompute = 'selective', which counts operators, and their number "
+                "may differ in backward where a function cannot be split. Set recompute to 'blocks' or 'none'."
+            )
         if self.activations == "partition":
             raise PlanError(
                 "plan.tp_sequence is set with plan.activations = 'partition'; the inputs of blocks lie in pieces over "

@@ -45,6 +45,16 @@ def test_every_stage_holds_what_the_formula_says(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.matrix
+def test_positions_in_pieces_keep_less_for_backward_and_give_the_same_loss(tmp_path: Path) -> None:
+    (table,) = tables("activation_memory", tmp_path)
+    shares = {row[0]: float(row[2]) for row in table["rows"]}
+    assert shares["tp=2 tp_sequence"] < 1
+    assert shares["tp=2 recompute=blocks tp_sequence"] < 0.75 * shares["tp=2 recompute=blocks"]
+    assert len({row[3] for row in table["rows"]}) == 1
+
+
+@pytest.mark.cluster
+@pytest.mark.matrix
 def test_startup_tells_the_time_of_commands_and_of_first_steps(tmp_path: Path) -> None:
     commands, first_steps = tables("startup", tmp_path, "--no-rivals")
     assert [row[3] for row in commands["rows"] if row[0] == "trainfleet --help"] == ["under 0.4 s"]
