@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cluster.test_pipelines import check
 from oracle import plain_trace, traces
 from rank_pool import RankPools
 from split_models import adamw
@@ -174,3 +175,8 @@ def test_each_rank_holds_its_channels_and_the_line_says_how_much_is_split(ranks:
     for line, shapes in ranks(2, told):
         assert line.startswith("90 % of the parameters are split, in") and "whole on each: stem.0, stem.1" in line
         assert shapes == [(8, 8, 3, 3), (8, 1, 3, 3), (8, 8, 1, 1), (8, 3, 2, 2), (3, 4, 1, 1), (8, 3, 3, 3)]
+
+
+@pytest.mark.matrix
+def test_stages_hold_split_convolutions(ranks: RankPools) -> None:
+    check(ranks, 4, CASE, Plan(tp=2, pp=2, blocks=("inverted", "grouped", "back", "head")))
