@@ -49,7 +49,7 @@ def plans() -> dict[str, list[Plan]]:
     three += [spread(tp=2, cp=2, **stage) for stage in (zero[0], zero[-1])]
     three += [spread(tp=2, zero=3, dp_shard=2, dp_replicate=2)]
     three += [spread(cp=2, pp=2, **stage) for stage in zero]
-    three += [spread(tp=2, cp=2, pp=2, cp_attention=kind) for kind in ("ring", "all_to_all")]
+    three += [spread(tp=2, cp=2, pp=2)]
     three += [spread(cp=2, pp=2, ep=2), spread(zero=3, dp_shard=2, ep=2, pp=2, tp=2)]
     three += [spread(tp=2, pp=2, cp=2, tp_vocabulary=True)]
     narrow = [spread(precision="bf16", recompute="blocks", **axis) for axis in (*axes, {"zero": 3, "dp_shard": 2})]
