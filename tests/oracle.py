@@ -14,7 +14,7 @@ from trainfleet.parallel.engine import call_with_batch
 from trainfleet.plan import Plan
 from trainfleet.training.case import Case
 from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.verdict import Trace, compare, joined
 
 if TYPE_CHECKING:
     from rank_pool import RankPools
@@ -58,22 +58,22 @@ def named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *((f"buffer {name}", buffer) for name, buffer in model.named_buffers())]
 
 
-def traces(case: Case, plans: Sequence[Plan]) -> list[Trace] | None:
-    """On the ranks: what each plan computes."""
+def traces(case: Case, plans: Sequence[Plan]) -> list[Trace]:
+    """On the ranks: what each plan computes; nothing from ranks that have the same as another one."""
     found = []
     for plan in plans:
         with Mesh.from_env(plan) as mesh:
-            found.append(trace(case, plan, mesh))
-    return found if mesh.is_main else None
+            each = trace(case, plan, mesh)
+            is_first = all(mesh[axis].rank == 0 for axis in mesh.plan_axes if axis != "pp")
+            found.append(each if is_first else {})
+    return found
 
 
-def hold_against_one_process(
-    ranks: RankPools, size: int, case: Case, plans: Sequence[Plan], *, slack: float = 1.0
-) -> None:
+def hold(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan], *, slack: float = 1.0) -> None:
     """Every plan, on `size` ranks, computes what one process computes, within the rounding of float32."""
-    expected = plain_trace(case, size)
-    for plan, found in zip(plans, ranks(size, traces, case, plans)[0]):
-        verdict = compare(expected, found, "fp32", slack=slack)
+    expected = {number: plain_trace(case, number) for number in {plan.data_ranks(size) for plan in plans}}
+    for plan, *parts in zip(plans, *ranks(size, traces, case, plans), strict=True):
+        verdict = compare(expected[plan.data_ranks(size)], joined(parts), "fp32", slack=slack)
         assert verdict.holds, f"{plan}: {verdict}"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS
-from oracle import hold_against_one_process, whole
+from oracle import hold, whole
 from rank_pool import RankPools
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -116,7 +116,7 @@ def perceptron() -> nn.Module:
 @pytest.mark.parametrize("size", [2, 3])
 def test_micro_batches_weigh_what_they_hold_and_some_nothing(ranks: RankPools, size: int) -> None:
     case = Case(build=perceptron, loss_fn=weighted, micro_batch=sometimes_weightless, optimizer=adamw, accumulation=2)
-    hold_against_one_process(ranks, size, case, [Plan(zero=zero) for zero in (0, 1, 2, 3)])
+    hold(ranks, size, case, [Plan(zero=zero) for zero in (0, 1, 2, 3)])
 
 
 def no_weight() -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from models import MODELS
-from oracle import hold_against_one_process, whole
+from oracle import hold, whole
 from rank_pool import RankPools
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_without_offload(ranks: RankPools) -> None:
     plain = ranks(2, steps, Plan(zero=3))[0]
     for offload in ("optimizer", "parameters"):
         assert all(map(torch.equal, plain, ranks(2, steps, Plan(zero=3, offload=offload))[0])), offload
-    hold_against_one_process(ranks, 2, case(), [Plan(zero=1, offload="optimizer"), Plan(zero=3, offload="parameters")])
+    hold(ranks, 2, case(), [Plan(zero=1, offload="optimizer"), Plan(zero=3, offload="parameters")])
 
 
 def moved(value: Tensor, device: torch.device) -> Tensor:

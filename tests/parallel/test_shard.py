@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import hold_against_one_process
+from oracle import hold
 from rank_pool import RankPools
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -201,7 +201,7 @@ def test_two_ranks_compute_what_one_process_computes(ranks: RankPools, name: str
     make, plans = MODELS[name]
     # As small models they are one unit in stages 1 and 2 unless blocks are named.
     by_block = [replace(plan, blocks=found_in(make)) for plan in plans if plan.zero in (1, 2) and not plan.blocks]
-    hold_against_one_process(ranks, 2, case_of(make), [*plans, *(by_block if found_in(make) else ())])
+    hold(ranks, 2, case_of(make), [*plans, *(by_block if found_in(make) else ())])
 
 
 def found_in(make: Callable[[], nn.Module]) -> tuple[str, ...]:
@@ -224,12 +224,12 @@ def test_two_copies_of_two_shards_compute_what_one_process_computes(
     ranks: RankPools, make: Callable[[], nn.Module]
 ) -> None:
     plans = [Plan(zero=zero, dp_replicate=2, dp_shard=2, blocks=blocks_of(make)) for zero in (1, 2, 3)]
-    hold_against_one_process(ranks, 4, case_of(make), plans)
+    hold(ranks, 4, case_of(make), plans)
 
 
 @pytest.mark.parametrize("make", [Nested, Partly])
 def test_three_ranks_compute_what_one_process_computes(ranks: RankPools, make: Callable[[], nn.Module]) -> None:
-    hold_against_one_process(ranks, 3, case_of(make), [Plan(zero=zero, blocks=blocks_of(make)) for zero in (0, 1, 3)])
+    hold(ranks, 3, case_of(make), [Plan(zero=zero, blocks=blocks_of(make)) for zero in (0, 1, 3)])
 
 
 def blocks_of(make: Callable[[], nn.Module]) -> tuple[str, ...]:

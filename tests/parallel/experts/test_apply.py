@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import plain_trace, traces, whole
+from oracle import hold, plain_trace, traces, whole
 from rank_pool import RankPools
 from torch import Tensor, nn
 
@@ -26,8 +25,7 @@ from trainfleet.parallel.replicas import check_replicas
 from trainfleet.plan import Plan
 from trainfleet.store import FileStore
 from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare, joined
+from trainfleet.training.verdict import compare
 
 VOCABULARY, WIDTH = 16, 8
 
@@ -88,13 +86,6 @@ def case_of(capacity_factor: float | None = None) -> Case:
         accumulation=2,
         clip_norm=0.5,
     )
-
-
-def hold(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan]) -> None:
-    expected = {number: plain_trace(case, number) for number in {plan.data_ranks(size) for plan in plans}}
-    for plan, each in zip(plans, ranks(size, traces, case, plans)[0], strict=True):
-        verdict = compare(expected[plan.data_ranks(size)], each, "fp32")
-        assert verdict.holds, f"{plan}: {verdict}"
 
 
 def test_two_ranks_compute_what_one_process_computes(ranks: RankPools) -> None:
@@ -163,26 +154,10 @@ class Staged(Model):
         return self.head(x), x.new_zeros(())
 
 
-def of_rank(case: Case, plans: Sequence[Plan]) -> list[Trace]:
-    """What each plan computes, from ranks that are the first of those that have the same."""
-    found = []
-    for plan in plans:
-        with Mesh.from_env(plan) as mesh:
-            each = trace(case, plan, mesh)
-            found.append(each if all(mesh[axis].rank == 0 for axis in mesh.plan_axes if axis != "pp") else {})
-    return found
-
-
-def hold_stages(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan]) -> None:
-    for plan, *parts in zip(plans, *ranks(size, of_rank, case, plans)):
-        verdict = compare(plain_trace(case, plan.data_ranks(size)), joined(parts), "fp32")
-        assert verdict.holds, f"{plan}: {verdict}"
-
-
 def test_the_experts_of_each_stage_are_dealt_out_over_the_ranks_of_its_data(ranks: RankPools) -> None:
     """The first stage has none."""
     plans = [Plan(pp=2, ep=2, stages=("blocks.0",)), Plan(pp=2, ep=2, zero=2)]
-    hold_stages(ranks, 4, replace(case_of(1.0), build=functools.partial(Staged, 1.0)), plans)
+    hold(ranks, 4, replace(case_of(1.0), build=functools.partial(Staged, 1.0)), plans)
 
 
 @pytest.mark.matrix
@@ -192,7 +167,7 @@ def test_experts_in_stages_go_with_all_else(ranks: RankPools, schedule: Any, mor
     build = StagedPerceptron if "tp" in more else functools.partial(Staged, None)
     plan = Plan(pp=2, ep=2, schedule=schedule, **more)
     size = 8 if {"tp", "cp"} & set(more) else 4
-    hold_stages(ranks, size, replace(case_of(), build=build, micro_batch=even_tokens), [plan])
+    hold(ranks, size, replace(case_of(), build=build, micro_batch=even_tokens), [plan])
 
 
 class WithPerceptron(Model):

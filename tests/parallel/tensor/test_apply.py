@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from oracle import plain_trace, traces
+from oracle import hold, traces
 from rank_pool import RankPools
 from split_models import PARTS, adamw, build, loss, tokens
 from torch.distributed.tensor import DTensor
@@ -32,13 +32,6 @@ def case_of(name: str, dropout: float = 0.0) -> Case:
         accumulation=2,
         clip_norm=0.5,
     )
-
-
-def hold(ranks: RankPools, size: int, case: Case, plans: Sequence[Plan]) -> None:
-    found = ranks(size, traces, case, plans)[0]
-    for plan, each in zip(plans, found, strict=True):
-        verdict = compare(plain_trace(case, plan.data_ranks(size)), each, "fp32")
-        assert verdict.holds, f"{plan}: {verdict}"
 
 
 @pytest.mark.parametrize("name", PARTS)

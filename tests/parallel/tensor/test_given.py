@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from oracle import plain_trace, traces
+from oracle import hold
 from rank_pool import RankPools
 from split_models import adamw, build, loss, tokens
 from torch import nn
@@ -18,7 +18,6 @@ from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.tensor.find import find_regions
 from trainfleet.plan import Plan
 from trainfleet.training.case import Case
-from trainfleet.training.verdict import compare
 
 
 def sides(model, **said):
@@ -123,10 +122,7 @@ def test_a_wrong_plan_costs_time_and_never_the_result(ranks: RankPools, name: st
     case = Case(
         build=functools.partial(build, name), loss_fn=loss, micro_batch=tokens, optimizer=adamw, steps=2, clip_norm=0.5
     )
-    plans = [wrong(name), Plan(**{**_fields(wrong(name)), "zero": 3})]
-    for plan, found in zip(plans, ranks(2, traces, case, plans)[0], strict=True):
-        verdict = compare(plain_trace(case, plan.data_ranks(2)), found, "fp32")
-        assert verdict.holds, f"{plan}: {verdict}"
+    hold(ranks, 2, case, [wrong(name), Plan(**{**_fields(wrong(name)), "zero": 3})])
 
 
 def _fields(plan: Plan) -> dict[str, object]:

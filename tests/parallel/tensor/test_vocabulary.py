@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cluster.test_pipelines import check
-from oracle import plain_trace, traces
+from oracle import hold, traces
 from rank_pool import RankPools
 from split_models import Model, adamw, build, tokens
 from torch import Tensor, nn
@@ -159,12 +159,6 @@ def case_of(tied: bool, loss: Any = plain_loss) -> Case:
 
 
 SPLIT = [Plan(tp=2, tp_vocabulary=True, zero=zero) for zero in (0, 1, 2, 3)]
-
-
-def hold(ranks: RankPools, size: int, case: Case, plans: list[Plan]) -> None:
-    for plan, found in zip(plans, ranks(size, traces, case, plans)[0], strict=True):
-        verdict = compare(plain_trace(case, plan.data_ranks(size)), found, "fp32")
-        assert verdict.holds, f"{plan}: {verdict}"
 
 
 @pytest.mark.parametrize("tied", [False, True])
