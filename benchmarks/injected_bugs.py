@@ -18,6 +18,7 @@ from proof.models import case_of
 from proof.running import degrees, work_of
 
 from trainfleet import launch
+from trainfleet.plan import Plan
 from trainfleet.training.case import Case
 from trainfleet.training.trace import trace_rank
 from trainfleet.training.verdict import Trace, Verdict
@@ -32,14 +33,14 @@ def main() -> None:
     numbers = [number for number, bug in enumerate(BUGS) if options.only in bug.name][: 2 if options.quick else None]
     rows: list[list[str | float | None]] = []
     found_right = false_alarms = 0
-    clean: dict[tuple[str, str], Verdict] = {}
+    clean: dict[tuple[str, Plan], Verdict] = {}
     for number in numbers:
         bug = BUGS[number]
         verdict = verdict_with(bug, number)
         first = verdict.first.tensor if verdict.first is not None else "nothing"
         is_right = re.match(bug.at, first) is not None
         found_right += is_right
-        key = (bug.model, str(bug.plan))
+        key = (bug.model, bug.plan)
         if key not in clean:
             clean[key] = verdict_with(bug, None)
             false_alarms += not clean[key].holds

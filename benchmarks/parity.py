@@ -96,7 +96,7 @@ def name_of(plan: Plan) -> str:
     text = str(plan).removesuffix(" fp32").removeprefix("zero=0 ")
     for word in ("dp_replicate=1 ", "dp_shard=1 "):
         text = text.replace(word, "")
-    return text + " vocabulary" * plan.tp_vocabulary
+    return text
 
 
 def table_of(title: str, each: list[Plan], models: list[str], found: dict[tuple[str, Plan], Verdict | str]) -> Table:

@@ -364,7 +364,7 @@ class Plan:
         parts += [f"activations={self.activations}"] * (self.activations != "keep")
         parts += [f"offload={self.offload}"] * (self.offload != "none")
         parts += ["compile"] * self.compile
-        parts += ["tp_sequence"] * self.tp_sequence
+        parts += [name for name in ("tp_vocabulary", "tp_sequence") if getattr(self, name)]
         parts += [f"devices={','.join(self.devices)}"] * bool(self.devices)
         return " ".join(parts)
 

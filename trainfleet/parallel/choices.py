@@ -124,6 +124,11 @@ class Taking(Choices):  # type: ignore[no-untyped-call]
         return torch.where(is_tie[:, None], theirs, taken)
 
 
+def taking(tolerance: float, ties: Mapping[Kind, Ties]) -> Taking | None:
+    """What takes `ties`; None where there are none, for each operator passes through it."""
+    return Taking(tolerance, ties) if ties else None
+
+
 def _of_topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, is_sorted: bool = True) -> int:
     return k if values.ndim and dim in (-1, values.ndim - 1) and largest else 0
 

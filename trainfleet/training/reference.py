@@ -31,7 +31,7 @@ class Reference:
     @classmethod
     def of(cls, case: Case, plan: Plan, ranks: int) -> Reference:
         """Run `case` in this process, with the micro-batches of all `ranks` that see different data."""
-        from trainfleet.parallel.choices import Taking, Telling
+        from trainfleet.parallel.choices import Telling, taking
 
         tolerance = TOLERANCE[plan.precision]
         work = together(case, ranks)
@@ -42,8 +42,8 @@ class Reference:
         telling = Telling(tolerance)
         with Mesh.from_env(alone) as mesh:
             first = trace(work, alone, mesh, telling)
-            ties = telling.ties()
-            rounded = [trace(each, its_plan, mesh, Taking(tolerance, ties)) for each, its_plan in others]
+            ties = {} if plan.compile else telling.ties()  # nobody looks into compiled blocks
+            rounded = [trace(each, its_plan, mesh, taking(tolerance, ties)) for each, its_plan in others]
         slack = CONCATENATED_SLACK[plan.precision] if has_batch_statistics(case) else 1.0
         return cls(precision=plan.precision, slack=slack, trace=first, rounded=rounded, ties=ties)
 

@@ -35,10 +35,10 @@ def trace_rank(case: Case, plan: Plan, ties: Mapping[Kind, Ties]) -> Trace:
 
     Where rounding could decide, it chooses as `ties` tell.
     """
-    from trainfleet.parallel.choices import Taking
+    from trainfleet.parallel.choices import taking
 
     with Mesh.from_env(plan) as mesh:
-        found = trace(case, plan, mesh, Taking(TOLERANCE[plan.precision], ties) if ties else None)
+        found = trace(case, plan, mesh, taking(TOLERANCE[plan.precision], ties))
         is_first = {axis: mesh[axis].rank == 0 for axis in mesh.plan_axes if axis != "pp"}
         if all(is_first.values()):
             return found
