@@ -24,8 +24,8 @@ from trainfleet.parallel.tensor.exchange import local_of, placed
 Whole = Callable[..., Any]
 
 
-def convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The rule of torch.conv1d, conv2d or conv3d."""
+def convolution(function: Callable[..., Tensor], options: tuple[str, ...], out_dim: int) -> Callable[..., Any]:
+    """The rule of a function that takes (input, weight, bias, `options` …); its weight gives along `out_dim`."""
 
     def on_pieces(
         mesh: DeviceMesh,
@@ -33,40 +33,16 @@ def convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
         input: DTensor,
         weight: DTensor,
         bias: DTensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
+        named = {**dict(zip(options, args)), **kwargs}
+
         def local(x: Tensor, w: Tensor, b: Tensor | None, groups: int) -> Tensor:
-            return function(x, w, b, stride, padding, dilation, groups)
+            return function(x, w, b, **{**named, "groups": groups})
 
-        found = _on_channels(mesh, local, input, weight, bias, groups, out_dim=0)
-        return whole(input, weight, bias, stride, padding, dilation, groups) if found is None else found
-
-    return on_pieces
-
-
-def transposed(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The rule of torch.conv_transpose1d, conv_transpose2d or conv_transpose3d."""
-
-    def on_pieces(
-        mesh: DeviceMesh,
-        whole: Whole,
-        input: DTensor,
-        weight: DTensor,
-        bias: DTensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        def local(x: Tensor, w: Tensor, b: Tensor | None, groups: int) -> Tensor:
-            return function(x, w, b, stride, padding, output_padding, groups, dilation)
-
-        found = _on_channels(mesh, local, input, weight, bias, groups, out_dim=1)
-        return whole(input, weight, bias, stride, padding, output_padding, groups, dilation) if found is None else found
+        found = _on_channels(mesh, local, input, weight, bias, named.get("groups", 1), out_dim=out_dim)
+        return whole(input, weight, bias, **named) if found is None else found
 
     return on_pieces
 
@@ -114,8 +90,14 @@ def _given(local: Tensor, mesh: DeviceMesh, lies: Shard) -> DTensor:
     return DTensor.from_local(local.contiguous(), mesh, [lies], run_check=False)
 
 
+_PLAIN = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+
 CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
-    **{each: convolution(each) for each in (torch.conv1d, torch.conv2d, torch.conv3d)},
-    **{each: transposed(each) for each in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)},
+    **{each: convolution(each, _PLAIN, 0) for each in (torch.conv1d, torch.conv2d, torch.conv3d)},
+    **{
+        each: convolution(each, _TRANSPOSED, 1)
+        for each in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    },
 }
 """They get (mesh, compute whole, arguments of the function …)."""
