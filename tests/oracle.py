@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from models import MODELS
 from torch import Tensor, nn
 
 from trainfleet.loss import LossSum
@@ -18,6 +20,29 @@ from trainfleet.training.verdict import Trace, compare, joined
 
 if TYPE_CHECKING:
     from rank_pool import RankPools
+
+
+def case_of_model(name: str, **options: Any) -> Case:
+    """The small model `name` with its data and AdamW; its parts can be sent to other processes."""
+    return Case(
+        build=functools.partial(_build, name),
+        loss_fn=MODELS[name].loss_fn,
+        micro_batch=functools.partial(_micro_batch, name),
+        optimizer=adamw,
+        **options,
+    )
+
+
+def _build(name: str) -> nn.Module:
+    return MODELS[name].build(0)
+
+
+def _micro_batch(name: str, number: int) -> Any:
+    return MODELS[name].micro_batch(0, number)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=5e-3)
 
 
 def plain_trace(case: Case, ranks: int) -> Trace:

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from models import MODELS  # noqa: E402
+from oracle import case_of_model  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.plan import Plan  # noqa: E402
-from trainfleet.training.case import Case  # noqa: E402
 from trainfleet.training.reference import Reference  # noqa: E402
 from trainfleet.training.trace import trace_rank  # noqa: E402
 
 
-def build(name: str) -> Any:
-    return MODELS[name].build(0)
-
-
-def micro_batch(name: str, number: int) -> Any:
-    return MODELS[name].micro_batch(0, number)
-
-
-def adamw(model: Any) -> Any:
-    return torch.optim.AdamW(model.parameters(), lr=5e-3)
-
-
-def case(name: str, **options: Any) -> Case:
-    return Case(
-        build=functools.partial(build, name),
-        loss_fn=MODELS[name].loss_fn,
-        micro_batch=functools.partial(micro_batch, name),
-        optimizer=adamw,
-        **options,
-    )
-
-
 def reference(name: str, plan: Plan, ranks: int) -> Reference:
-    return Reference.of(case(name), plan, ranks)
+    return Reference.of(case_of_model(name), plan, ranks)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -49,9 +25,9 @@ def test_ranks_hold_and_one_alone_does_not(ranks: RankPools, precision: Any) -> 
     plan = Plan(precision=precision)
     one = ranks(1, reference, "transformer", plan, 2)[0]
     assert len(one.rounded) == (1 if precision == "fp32" else 2) and one.slack == 1.0
-    verdict = one.verdict(ranks(2, trace_rank, case("transformer"), plan, {}), ["said before"])
+    verdict = one.verdict(ranks(2, trace_rank, case_of_model("transformer"), plan, {}), ["said before"])
     assert verdict.holds and verdict.remarks[0] == "said before"
-    assert not one.verdict(ranks(1, trace_rank, case("transformer"), plan, {})).holds
+    assert not one.verdict(ranks(1, trace_rank, case_of_model("transformer"), plan, {})).holds
 
 
 def test_batch_statistics_leave_more_to_rounding(ranks: RankPools) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from models import MODELS  # noqa: E402
+from oracle import adamw, case_of_model  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
@@ -17,28 +16,6 @@ from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.training.case import Case, comparable, together  # noqa: E402
 from trainfleet.training.trace import shake_gradients, trace  # noqa: E402
 from trainfleet.training.verdict import compare  # noqa: E402
-
-
-def build(name: str) -> Any:
-    return MODELS[name].build(0)
-
-
-def micro_batch(name: str, number: int) -> Any:
-    return MODELS[name].micro_batch(0, number)
-
-
-def adamw(model: Any) -> Any:
-    return torch.optim.AdamW(model.parameters(), lr=5e-3)
-
-
-def case(name: str, **options: Any) -> Case:
-    return Case(
-        build=functools.partial(build, name),
-        loss_fn=MODELS[name].loss_fn,
-        micro_batch=functools.partial(micro_batch, name),
-        optimizer=adamw,
-        **options,
-    )
 
 
 def traced(name: str, plan: Plan, fault: str | None = None) -> Any:
@@ -51,14 +28,14 @@ def traced(name: str, plan: Plan, fault: str | None = None) -> Any:
         GradientAverage._on_gradient = lambda self, parameter: None  # type: ignore[method-assign]
     try:
         with Mesh.from_env(plan) as mesh:
-            return trace(case(name), plan, mesh)
+            return trace(case_of_model(name), plan, mesh)
     finally:
         GradientAverage.finish = average  # type: ignore[method-assign]
 
 
 def reference(name: str, ranks: int) -> Any:
     with Mesh.from_env(Plan()) as mesh:
-        return trace(together(comparable(case(name), Plan())[0], ranks), Plan(), mesh)
+        return trace(together(comparable(case_of_model(name), Plan())[0], ranks), Plan(), mesh)
 
 
 def test_a_clean_plan_holds_and_gradients_are_compared(ranks: RankPools) -> None:
