@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import subprocess
 import sys
 import time
@@ -14,11 +16,21 @@ from trainfleet.comm.threads import run_ranks
 from trainfleet.mpi.watchdog import Watchdog, report
 
 
-def test_a_death_and_an_error_are_told_apart(capsys):
+def test_a_death_and_an_error_are_told_apart(capfd):
     report("Rank 2", "ValueError: no")
-    assert capsys.readouterr().err == "trainfleet: Rank 2 failed first: ValueError: no\n"
+    assert capfd.readouterr().err == "trainfleet: Rank 2 failed first: ValueError: no\n"
     report("Rank 1", "died")
-    assert "Rank 1 died without a word, and mpiexec ends the others." in capsys.readouterr().err
+    assert "Rank 1 died without a word, and mpiexec ends the others." in capfd.readouterr().err
+
+
+def test_the_sentence_has_been_read_before_ranks_may_abort():
+    program = f"import {report.__module__} as dog; dog._READ_SECONDS = 30; dog.report('Rank 1', 'died'); print('said')"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as told:
+        assert told.stdout is not None and told.stderr is not None
+        assert select.select([told.stderr], [], [], 30)[0]
+        assert not select.select([told.stdout], [], [], 0.3)[0]
+        os.read(told.stderr.fileno(), 65536)
+        assert told.stdout.read() == b"said\n"
 
 
 def test_only_the_first_error_is_said(capfd):

@@ -6,15 +6,19 @@ process; the line that breaks first without a last word is that of the rank that
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import selectors
 import socket
+import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
+from array import array
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +26,7 @@ from trainfleet.comm.group import Group
 
 _MEET_SECONDS = 30.0
 _LAST_WORD_SECONDS = 1.0
+_READ_SECONDS = 0.5
 
 
 class Watchdog:
@@ -133,6 +138,18 @@ def report(rank: str, word: str) -> None:
         sentence = f"{rank} failed first: {word}"
     sys.stderr.write(f"trainfleet: {sentence}\n")
     sys.stderr.flush()
+    _wait_until_read(sys.stderr.fileno())
+
+
+def _wait_until_read(pipe: int) -> None:
+    """Return once the other end has read all of `pipe`: mpiexec drops what it has not read when a rank aborts."""
+    if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+        return
+    unread = array("i", [1])
+    until = time.monotonic() + _READ_SECONDS
+    while unread[0] and time.monotonic() < until:
+        time.sleep(0.002)
+        fcntl.ioctl(pipe, termios.FIONREAD, unread)
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
