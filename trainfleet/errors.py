@@ -12,6 +12,7 @@
     │   └── NotSaved          15   a run came to its end, and its last checkpoint could not be saved
     ├── LaunchError            8   the processes of a run could not be started
     ├── PeerError              9   a peer is gone, late, or unlike us
+    │   └── NotAdmitted       16   a peer has the wrong credential, certificate or version, or we have
     ├── RankFailed            10   a rank of a running job failed; the report names it
     │   └── FailedTwice       13   the same error came at the same step again: a further start would meet it too
     ├── OutOfMemory           11   a rank ran out of memory
@@ -89,6 +90,12 @@ class LaunchError(TrainfleetError):
 
 class PeerError(TrainfleetError):
     exit_code = 9
+
+
+class NotAdmitted(PeerError):
+    """A peer has the wrong credential, certificate or version, or we have: to try again would not help."""
+
+    exit_code = 16
 
 
 class RankFailed(TrainfleetError):

@@ -1,0 +1,1 @@
+"""Bytes between processes that may vanish or lie."""
