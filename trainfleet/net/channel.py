@@ -1,0 +1,245 @@
+"""Messages over a connected socket: a kind, a small head, and a body of arrays, whole or not at all.
+
+    channel = Channel(sock, limits=Limits(max_bytes=1 << 28), classes=allow(MyBatch))
+    channel.send("batch", {"epoch": 0}, {"image": images, "label": labels})     # any thread
+    kind, head, body = channel.recv(timeout=30)                                 # one thread at a time
+    channel.close()                                                             # any thread; wakes the others
+
+`recv` raises TimeoutError when no message began in time: nothing is lost, and it may be called again. PeerError
+means that the connection is of no use any more: the peer went away, stopped in the middle of a frame, or sent what
+cannot be; every later call raises the same. DataError means that one message could not be sent, or not be
+built here, and the next can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
+
+from xxhash import xxh3_128
+
+from trainfleet.errors import DataError, PeerError
+from trainfleet.net.frames import (
+    DIGEST,
+    DIGEST_BYTES,
+    HEADER,
+    Header,
+    Incoming,
+    Limits,
+    Outgoing,
+    pack,
+    read_head,
+    read_header,
+)
+from trainfleet.net.memory import Pool
+from trainfleet.net.structure import Bytes, Classes, build
+from trainfleet.net.wire import SLICE_BYTES, Ended, Stalled, open_wire, slices
+
+OWN = "."
+"""Kinds that begin so are words between channels."""
+
+
+class Message(NamedTuple):
+    """What `send` was called with at the other end. The arrays of the body are ours to change."""
+
+    kind: str
+    head: dict[str, Any]
+    body: Any
+
+
+@dataclass
+class Counters:
+    """What went through a channel since it was opened. Times are seconds of wall clock."""
+
+    frames_sent: int = 0
+    frames_received: int = 0
+    bytes_sent: int = 0
+    """Headers and heads included; those through shared memory too."""
+    bytes_received: int = 0
+    seconds_sending: float = 0.0
+    """In calls that hand bytes to the kernel, with the time that they waited for the peer to take some."""
+    seconds_receiving: float = 0.0
+    """From the first byte of a frame to its last."""
+    seconds_waiting: float = 0.0
+    """In `recv`, before a frame began."""
+
+
+class Channel:
+    """Takes `sock` over, which is connected and, where that matters, authenticated; `with` closes it.
+
+    `classes`: dataclasses and named tuples that a body may be built of (`allow`). `allocate(num_bytes)`: memory for
+    what arrives, such as pinned; anything with a writable buffer. Over plain TCP each payload is under a digest.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        limits: Limits | None = None,
+        classes: Classes | None = None,
+        allocate: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.address = _address(sock)
+        self.counters = Counters()
+        self._limits, self._classes = limits or Limits(), dict(classes or {})
+        self._wire = open_wire(sock, self._limits.stall.total_seconds())
+        self._pool = Pool(allocate)
+        self._send_lock, self._recv_lock = threading.Lock(), threading.Lock()
+        self._fault: str | None = None
+
+    def send(self, kind: str, head: dict[str, Any] | None = None, body: Any = None) -> None:
+        """Hand a message to the kernel; what lies in `body` may be changed afterwards.
+
+        Waits while the peer does not read, up to `limits.stall` for a slice. Raises DataError, before anything is
+        written, for what cannot travel; PeerError when the connection is broken, with the message perhaps sent in part.
+        """
+        if kind.startswith(OWN):
+            raise DataError(f"A message's kind is {kind!r}; those that begin with {OWN!r} are for channels themselves.")
+        message = pack(kind, head, body, self._limits)
+        with self._send_lock, self._whole_or_broken("was sent a frame"):
+            self._write(message)
+
+    def recv(self, timeout: float | timedelta) -> Message:
+        """The next message. Raises TimeoutError when none began within `timeout` (seconds), PeerError, DataError."""
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        ends = time.monotonic() + seconds
+        with self._recv_lock:
+            while True:
+                self._await_frame(ends, seconds)
+                begun = time.perf_counter()
+                with self._whole_or_broken("sent a frame"):
+                    incoming, memory = self._read()
+                    body = None if incoming.refused else build(incoming.tree, memory, classes=self._classes)
+                del memory
+                self.counters.seconds_receiving += time.perf_counter() - begun
+                self.counters.frames_received += 1
+                if incoming.refused:
+                    raise incoming.refused
+                return Message(incoming.kind, incoming.head, body)
+
+    def close(self) -> None:
+        """End the connection; whoever waits in it gets a PeerError. May be called twice."""
+        self._fault = self._fault or "this end closed the connection"
+        self._wire.wake()
+        # Not before the others have let go: the kernel gives the descriptor's number to the next file.
+        for lock in (self._send_lock, self._recv_lock):
+            lock.acquire()
+        self._wire.close()
+        for lock in (self._send_lock, self._recv_lock):
+            lock.release()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _write(self, message: Outgoing) -> None:
+        """header, head, payload by slices, digest."""
+        digest = None if self._wire.encrypted or not message.num_bytes else xxh3_128()
+        pieces = [memoryview(message.header(DIGEST if digest else 0)), memoryview(message.head)]
+        left = message.num_bytes
+        for part in slices(message.arrays):
+            if digest is not None:
+                for piece in part:
+                    digest.update(piece)  # warm for the copy that the kernel makes next
+            left -= sum(piece.nbytes for piece in part)
+            pieces += part
+            if digest is not None and not left:
+                pieces.append(memoryview(digest.digest()))
+            self._hand_over(pieces)
+            pieces = []
+        if pieces:
+            self._hand_over(pieces)
+        self.counters.frames_sent += 1
+
+    def _hand_over(self, pieces: list[memoryview]) -> None:
+        begun = time.perf_counter()
+        self._wire.send(pieces)
+        self.counters.seconds_sending += time.perf_counter() - begun
+        self.counters.bytes_sent += sum(piece.nbytes for piece in pieces)
+
+    def _await_frame(self, ends: float, seconds: float) -> None:
+        if self._fault:
+            raise PeerError(f"The connection to {self.address} is closed: {self._fault}.")
+        begun = time.monotonic()
+        came = self._wire.wait(max(0.0, ends - begun))
+        self.counters.seconds_waiting += time.monotonic() - begun
+        if not came:
+            raise TimeoutError(f"No message came from {self.address} within {seconds:g} s.")
+
+    def _read(self) -> tuple[Incoming, Bytes]:
+        header = read_header(self._filled(HEADER.size), self._limits)
+        head = read_head(header, self._filled(header.head_bytes), self._limits, self._classes)
+        if header.num_bytes and not header.flags & DIGEST and not self._wire.encrypted:
+            raise PeerError("A frame over plain TCP has no digest.")
+        return head, self._read_payload(header)
+
+    def _filled(self, num_bytes: int) -> bytearray:
+        data = bytearray(num_bytes)
+        if num_bytes:
+            self._wire.fill(memoryview(data))
+            self.counters.bytes_received += num_bytes
+        return data
+
+    def _read_payload(self, header: Header) -> Bytes:
+        memory = self._pool.take(header.num_bytes)
+        view = memory.data
+        digest = xxh3_128() if header.flags & DIGEST else None
+        for begin in range(0, header.num_bytes, SLICE_BYTES):
+            part = view[begin : begin + SLICE_BYTES]
+            self._wire.fill(part)
+            if digest is not None:
+                digest.update(part)
+        self.counters.bytes_received += header.num_bytes
+        if digest is not None and self._filled(DIGEST_BYTES) != digest.digest():
+            raise PeerError("A frame's payload was damaged on the way: its digest differs.")
+        return memory
+
+    @contextlib.contextmanager
+    def _whole_or_broken(self, deed: str) -> Iterator[None]:
+        """A frame half written or half read leaves the stream out of step, whatever the reason: nothing can follow."""
+        if self._fault:
+            raise PeerError(f"The connection to {self.address} is closed: {self._fault}.")
+        try:
+            yield
+        except (Ended, Stalled, OSError, PeerError) as exc:
+            self._break(exc, deed)
+        except BaseException as exc:
+            self._fault = self._fault or f"a frame was interrupted here by {type(exc).__name__}"
+            self._wire.wake()
+            raise
+
+    def _break(self, exc: Exception, deed: str) -> NoReturn:
+        if self._fault:  # closed here, meanwhile
+            raise PeerError(f"The connection to {self.address} is closed: {self._fault}.") from exc
+        if isinstance(exc, PeerError):
+            self._fault = f"it sent what cannot be. {exc}"
+            self._wire.wake()
+            raise type(exc)(f"{self.address} sent what cannot be. {exc}") from exc
+        if isinstance(exc, Stalled):
+            what = f"{deed} and stopped in the middle of it for {self._limits.stall.total_seconds():g} s"
+        elif isinstance(exc, Ended):
+            what = "closed the connection"
+        else:
+            what = f"is gone: {exc.strerror or exc}" if isinstance(exc, OSError) else str(exc)
+        self._fault = f"it {what}"
+        self._wire.wake()
+        raise PeerError(f"{self.address} {what}.") from exc
+
+
+def _address(sock: socket.socket) -> str:
+    try:
+        name = sock.getpeername()
+    except OSError as exc:
+        sock.close()
+        raise PeerError(f"A connection ended before it was used: {exc.strerror}.") from exc
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    return "the other end of a socket pair"

@@ -1,0 +1,244 @@
+"""Bytes over a connected socket, with a deadline for every slice: plain TCP by blocking calls, TLS by polling.
+
+One thread may read while another writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Protocol
+
+from trainfleet.net.structure import Bytes, padded
+
+SLICE_BYTES: Final = 1 << 18  # stays in a core's own cache between the copy and the digest
+MAX_PIECES: Final = 512  # of one call; Linux takes 1,024
+JOIN_BYTES: Final = 1 << 14  # pieces below this are joined before they are encrypted
+_ZEROS: Final = memoryview(bytes(64))
+
+
+class Stalled(Exception):
+    """The peer neither took nor gave a byte for too long."""
+
+
+class Ended(Exception):
+    """The peer closed the connection."""
+
+
+class Wire(Protocol):
+    """A connected socket. `send` and `fill` raise Stalled, Ended or OSError, and the stream is then out of step."""
+
+    encrypted: bool
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is something to read, or an end, within that time."""
+
+    def send(self, pieces: Sequence[memoryview]) -> None: ...
+
+    def fill(self, view: memoryview) -> None: ...
+
+    def wake(self) -> None:
+        """End both directions, so that whoever waits in another thread returns."""
+
+    def close(self) -> None: ...
+
+
+def open_wire(sock: socket.socket, stall_seconds: float) -> Wire:
+    """The way to read and write `sock`, which is taken over; half-open connections are noticed within the time."""
+    _notice_half_open(sock, stall_seconds)
+    if sys.platform.startswith("linux") and not isinstance(sock, ssl.SSLSocket):
+        return BlockingWire(sock, stall_seconds)
+    return PolledWire(sock, stall_seconds)
+
+
+def slices(arrays: Iterable[Bytes], num_bytes: int = SLICE_BYTES) -> Iterator[list[memoryview]]:
+    """The arrays, each padded to 64 bytes, in lists of views of `num_bytes` together (the last may be less)."""
+    pieces: list[memoryview] = []
+    room = num_bytes
+    for array in arrays:
+        padding = padded(array.nbytes) - array.nbytes
+        for view in (array.data, _ZEROS[:padding]) if padding else (array.data,):
+            begin, size = 0, view.nbytes
+            while begin < size:
+                piece = view[begin : begin + room]
+                pieces.append(piece)
+                begin += piece.nbytes
+                room -= piece.nbytes
+                if room == 0 or len(pieces) == MAX_PIECES:
+                    yield pieces
+                    pieces, room = [], num_bytes
+    if pieces:
+        yield pieces
+
+
+class BlockingWire:
+    """Plain TCP on Linux: the kernel gathers, waits for whole slices (MSG_WAITALL) and keeps the deadline."""
+
+    encrypted = False
+
+    def __init__(self, sock: socket.socket, stall_seconds: float) -> None:
+        self._sock, self._stall = sock, stall_seconds
+        sock.settimeout(None)
+        seconds = struct.pack("ll", int(stall_seconds), max(1, int(stall_seconds % 1 * 1e6)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+
+    def wait(self, seconds: float) -> bool:
+        return bool(self._readable.poll(seconds * 1000))
+
+    def send(self, pieces: Sequence[memoryview]) -> None:
+        left = sum(piece.nbytes for piece in pieces)
+        since = time.monotonic()
+        while True:
+            try:
+                sent = self._sock.sendmsg(pieces)
+            except BlockingIOError:
+                sent = 0
+            left -= sent
+            if not left:
+                return
+            if time.monotonic() - since >= self._stall:
+                raise Stalled
+            pieces = _rest(pieces, sent)
+
+    def fill(self, view: memoryview) -> None:
+        done, since = 0, time.monotonic()
+        while True:
+            try:
+                got = self._sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise Stalled from None
+            done += got
+            if done == view.nbytes:
+                return
+            if not got:
+                raise Ended
+            if time.monotonic() - since >= self._stall:
+                raise Stalled
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class PolledWire:
+    """TLS, and systems other than Linux: calls that never block, one at a time, and waits between them.
+
+    OpenSSL's connections may not be used by two threads at once, and a lock held while one waits to read
+    would keep the other from writing.
+    """
+
+    def __init__(self, sock: socket.socket, stall_seconds: float) -> None:
+        self._sock, self._stall = sock, stall_seconds
+        self.encrypted = isinstance(sock, ssl.SSLSocket)
+        self._lock = threading.Lock() if self.encrypted else contextlib.nullcontext()
+        sock.settimeout(0)
+
+    def wait(self, seconds: float) -> bool:
+        if isinstance(self._sock, ssl.SSLSocket):
+            with self._lock:
+                if self._sock.pending():
+                    return True
+        return _await(self._sock, False, seconds)
+
+    def send(self, pieces: Sequence[memoryview]) -> None:
+        for view in _joined(pieces):
+            done, ends = 0, time.monotonic() + self._stall
+            while done < view.nbytes:
+                try:
+                    with self._lock:
+                        done += self._sock.send(view[done:])
+                except ssl.SSLWantReadError:
+                    self._await(False, ends)
+                except (ssl.SSLWantWriteError, BlockingIOError):
+                    self._await(True, ends)
+                except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                    raise Ended from None
+
+    def fill(self, view: memoryview) -> None:
+        done, size, ends = 0, view.nbytes, time.monotonic() + self._stall
+        while done < size:
+            try:
+                with self._lock:
+                    got = self._sock.recv_into(view[done:])
+            except ssl.SSLWantWriteError:
+                self._await(True, ends)
+            except (ssl.SSLWantReadError, BlockingIOError):
+                self._await(False, ends)
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                raise Ended from None
+            else:
+                if not got:
+                    raise Ended
+                done += got
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # below TLS, whose own would drop its state
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _await(self, to_write: bool, ends: float) -> None:
+        if not _await(self._sock, to_write, max(0.0, ends - time.monotonic())):
+            raise Stalled
+
+
+def _await(sock: socket.socket, to_write: bool, seconds: float) -> bool:
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if to_write else select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    ready = select.select([] if to_write else [sock], [sock] if to_write else [], [], seconds)
+    return any(ready)
+
+
+def _rest(pieces: Sequence[memoryview], sent: int) -> Sequence[memoryview]:
+    for place, piece in enumerate(pieces):
+        if sent < piece.nbytes:
+            return [piece[sent:], *pieces[place + 1 :]]
+        sent -= piece.nbytes
+    return []
+
+
+def _joined(pieces: Sequence[memoryview]) -> Iterator[memoryview]:
+    """The same bytes with neighbours that are small made one: each call would be a record of its own."""
+    small: list[memoryview] = []
+    for piece in pieces:
+        if piece.nbytes < JOIN_BYTES:
+            small.append(piece)
+            continue
+        if small:
+            yield memoryview(b"".join(small))
+            small = []
+        yield piece
+    if small:
+        yield memoryview(b"".join(small))
+
+
+def _notice_half_open(sock: socket.socket, seconds: float) -> None:
+    """A peer whose host went away without a word is noticed by the kernel, also while nobody sends."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", max(1, int(seconds / 3))),
+        ("TCP_KEEPINTVL", max(1, int(seconds / 6))),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", int(seconds * 1000)),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
