@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainfleet.data.batches import Batches
 from trainfleet.data.collate import add_weights, torch_installed
-from trainfleet.data.loader import Batches
+from trainfleet.data.crew import Workers
 from trainfleet.data.reader import Item, Place, Reader, check_shardable
 from trainfleet.data.sampler import Short, Span, check_places, share_of
 from trainfleet.data.samples import Bad, Made, Progress, Transform, collated, name_of, sample_failed
@@ -193,18 +194,16 @@ class IterableBatches(Batches):
             shards=shards,
             start=(0, (Place(),) * self._readers),
         )
-        super().__init__(
-            self._reading,
+        crew = Workers(
+            maker=self._reading,
             workers=min(workers, 1),
             prefetch=max(1, prefetch * workers),
             bad=bad,
-            pin=pin,
-            as_numpy=collate == "numpy" or not torch_installed(),
             timeout=timeout,
             restarts=restarts,
             start_method=start_method,
-            on_skip=on_skip,
         )
+        super().__init__(crew, pin=pin, as_numpy=collate == "numpy" or not torch_installed(), on_skip=on_skip)
 
     @property
     def epoch(self) -> int:

@@ -63,6 +63,8 @@ class _Worker:
     receiver: Receiver
     cell: mmap.mmap | None = None
     tasks: dict[int, Span] = field(default_factory=dict)  # sent, not yet answered, in order
+    seen: int = -1  # the counter of its steps when it last had moved
+    since: float = 0.0
 
     def is_on(self) -> tuple[int, int, int]:
         if self.cell is None:
@@ -116,18 +118,24 @@ class WorkerPool:
     def receive(self, task: int) -> Made:
         """The batch of a submitted task; raises what making it raised, DataError when the workers fail."""
         assert task in self._wanted, f"task {task} was never submitted"
-        since, seen = time.monotonic(), -1
         while task not in self._done:
             self._collect(timeout=min(0.5, self._timeout))
-            owner = next((w for w in self._workers if task in w.tasks), None)
-            if owner is None:
-                continue
-            counter = owner.is_on()[0]
-            if counter != seen:
-                since, seen = time.monotonic(), counter
-            elif time.monotonic() - since > self._timeout and task not in self._done:
-                self._replace(owner, f"said nothing for {self._timeout:g} s")
-                since, seen = time.monotonic(), -1
+        return self._take(task)
+
+    def receive_any(self, timeout: float, wake: Connection) -> list[tuple[int, Made | Exception]]:
+        """All tasks that are done, each with its batch or what making it raised; none after `timeout` seconds, or as
+        soon as there is something to read from `wake`."""
+        if not self._done:
+            self._collect(timeout, wake)
+        found: list[tuple[int, Made | Exception]] = []
+        for task in list(self._done):
+            try:
+                found.append((task, self._take(task)))
+            except Exception as exc:
+                found.append((task, exc))
+        return found
+
+    def _take(self, task: int) -> Made:
         found = self._done.pop(task)
         self._wanted.discard(task)
         if isinstance(found, Exception):
@@ -186,15 +194,17 @@ class WorkerPool:
         _set_read_timeout(worker.conn, self._timeout)
 
     def _send(self, worker: _Worker, task: int, span: Span) -> None:
+        if not worker.tasks:
+            worker.since = time.monotonic()
         worker.tasks[task] = span
         try:
             worker.conn.send((task, span, frozenset(self._poison), worker.receiver.take_free()))
         except OSError:
             self._replace(worker, _end_of(worker.process))
 
-    def _collect(self, timeout: float) -> None:
-        """Take in what has arrived; wait for the first of it."""
-        ready = wait([w.conn for w in self._workers], timeout)
+    def _collect(self, timeout: float, *others: Connection) -> None:
+        """Take in what has arrived; wait for the first of it. Replace who has said nothing for too long."""
+        ready = wait([*(w.conn for w in self._workers), *others], timeout)
         for worker in [w for w in self._workers if w.conn in ready]:
             try:
                 (task, is_error), body = worker.receiver.recv()
@@ -208,6 +218,16 @@ class WorkerPool:
             worker.tasks.pop(task, None)
             if task in self._wanted:
                 self._done[task] = _retold(*body()) if is_error else body
+        self._replace_silent()
+
+    def _replace_silent(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers:
+            counter = worker.is_on()[0]
+            if counter != worker.seen or not worker.tasks or worker.conn.poll():
+                worker.seen, worker.since = counter, now
+            elif now - worker.since > self._timeout:
+                self._replace(worker, f"said nothing for {self._timeout:g} s")
 
     def _replace(self, worker: _Worker, what_happened: str) -> None:
         """Report a lost worker, start another in its place and give it the same tasks."""
