@@ -1,0 +1,152 @@
+"""`dial(where, credentials=..., role=..., timeout=...)`: a connected, authenticated socket to who listens there.
+
+    dial(to: Address | str | Token, *, credentials: Credentials | None = None, role: str,
+         admits: Collection[str] | None = None, timeout: timedelta, closing: Event | None = None) -> socket.socket
+    Listener(address: Address | str, *, credentials: Credentials = Credentials(), role: str,
+         admits: Collection[str] | None = None, ...)                 # listener.py
+        .accept(timeout: timedelta) -> socket.socket  .address -> Address  .token(...) -> Token  .close()
+    peer_of(sock) -> Peer                                            # role, version, address, proved
+
+What comes back is blocking, without a timeout: an ssl.SSLSocket where the credentials say TLS, and plain otherwise,
+which only loopback may be.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+import weakref
+from collections.abc import Collection
+from datetime import timedelta
+from threading import Event
+
+from trainfleet.errors import NotAdmitted, PeerError
+from trainfleet.net.address import Address, obstacle
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.hello import Manners, Peer, introduce
+from trainfleet.net.retry import wait_for
+from trainfleet.net.sockets import set_remaining, tune
+from trainfleet.net.tls import check_fingerprint, peer_fingerprint, refusal
+from trainfleet.net.token import Token, is_token
+
+_TRY_SECONDS = 10.0
+"""For one try to connect, so that a later one has a chance where packets were swallowed."""
+
+_peers: weakref.WeakKeyDictionary[socket.socket, Peer] = weakref.WeakKeyDictionary()
+
+
+def dial(
+    to: Address | str | Token,
+    *,
+    credentials: Credentials | None = None,
+    role: str,
+    admits: Collection[str] | None = None,
+    timeout: timedelta,
+    closing: Event | None = None,
+) -> socket.socket:
+    """A socket to the listener at `to`, an address or a token (as text too), which brings its own credentials.
+
+    role: what we are, such as `trainer`. admits: roles the other side may have; None: any.
+    Tries again until `timeout`, or until `closing` is set: PeerError with the last reason. NotAdmitted at once for
+    wrong credentials, roles or versions; ConfigError for what would be sent in plain to another host. Nothing stays
+    open then.
+    """
+    if isinstance(to, str) and is_token(to):
+        to = Token.parse(to)
+    if isinstance(to, Token):
+        places, credentials = to.addresses, credentials or Credentials.of(to)
+    else:
+        places, credentials = (Address.parse(to),), credentials or Credentials()
+    for place in places:
+        credentials.check_dials(place)
+    context = credentials.client_context()
+
+    def attempt(left: float) -> socket.socket:
+        ends, errors = time.monotonic() + left, []
+        for place in places:
+            try:
+                return _connect(place, credentials, context, role, admits, ends)
+            except NotAdmitted:
+                raise
+            except PeerError as exc:
+                errors.append(exc)
+        raise errors[-1]
+
+    what = f"the listener at {' or '.join(str(place) for place in places)}"
+    return wait_for(what, attempt, timeout=timeout, closing=closing)
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Who is at the other end of a socket that `dial` or `Listener.accept` gave; KeyError for other sockets."""
+    return _peers[sock]
+
+
+def remember(sock: socket.socket, peer: Peer) -> socket.socket:
+    """`sock`, of which `peer_of` now knows."""
+    _peers[sock] = peer
+    return sock
+
+
+def _connect(
+    place: Address,
+    credentials: Credentials,
+    context: ssl.SSLContext | None,
+    role: str,
+    admits: Collection[str] | None,
+    ends: float,
+) -> socket.socket:
+    ends = min(ends, time.monotonic() + _TRY_SECONDS)
+    try:
+        sock = socket.create_connection((place.host, place.port), timeout=max(0.001, ends - time.monotonic()))
+    except OSError as exc:
+        raise PeerError(
+            f"{place} cannot be reached: {obstacle(exc)}", hint="Is the other side running, and is that its address?"
+        ) from exc
+    return greet(sock, place, credentials, context, role, admits, ends)
+
+
+def greet(
+    sock: socket.socket,
+    place: Address,
+    credentials: Credentials,
+    context: ssl.SSLContext | None,
+    role: str,
+    admits: Collection[str] | None,
+    ends: float,
+) -> socket.socket:
+    """`sock`, connected to who listens at `place`, with TLS and the first words done; closed if they fail."""
+    try:
+        tune(sock)
+        shown = None
+        if context is not None:
+            sock = context.wrap_socket(sock, server_hostname=place.host, do_handshake_on_connect=False)
+            assert isinstance(sock, ssl.SSLSocket)
+            set_remaining(sock, ends)
+            sock.do_handshake()
+            if credentials.expected is not None:
+                check_fingerprint(sock, credentials.expected, str(place))
+            shown = peer_fingerprint(sock)
+        ours = Manners(
+            role=role,
+            admits=admits,
+            secret=credentials.secret,
+            fingerprint=shown,
+            certified=credentials.certificates is not None,
+            address=str(place),
+        )
+        peer = introduce(sock, ours, ends)
+        sock.settimeout(None)
+        return remember(sock, peer)
+    except BaseException as exc:
+        sock.close()
+        if isinstance(exc, ssl.SSLError) and (refused := refusal(exc, str(place))) is not None:
+            raise refused from exc
+        if isinstance(exc, OSError):
+            if isinstance(exc, TimeoutError):
+                raise PeerError(f"{place} was reached, but did not answer in time.") from exc
+            raise PeerError(
+                f"{place} was reached, but broke off: {obstacle(exc)}",
+                hint="It may want TLS or other credentials, be too busy, or not be trainfleet.",
+            ) from exc
+        raise
