@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
+import numpy as np
 from xxhash import xxh3_128
 
 from trainfleet.errors import DataError, PeerError
@@ -29,6 +30,7 @@ from trainfleet.net.frames import (
     DIGEST,
     DIGEST_BYTES,
     HEADER,
+    SHARED,
     Header,
     Incoming,
     Limits,
@@ -38,11 +40,14 @@ from trainfleet.net.frames import (
     read_header,
 )
 from trainfleet.net.memory import Pool
-from trainfleet.net.structure import Bytes, Classes, build
+from trainfleet.net.nearby import AVAILABLE, SHARED_FROM, Door, Lent, Nearby
+from trainfleet.net.structure import Bytes, Classes, build, padded
 from trainfleet.net.wire import SLICE_BYTES, Ended, Stalled, open_wire, slices
 
-OWN = "."
+OWN: Final = "."
 """Kinds that begin so are words between channels."""
+HELLO: Final = ".hello"
+"""The first message each way: what the channels, not their users, have to know of each other."""
 
 
 class Message(NamedTuple):
@@ -75,6 +80,7 @@ class Channel:
 
     `classes`: dataclasses and named tuples that a body may be built of (`allow`). `allocate(num_bytes)`: memory for
     what arrives, such as pinned; anything with a writable buffer. Over plain TCP each payload is under a digest.
+    `nearby=False` keeps to the socket also where the peer is on this host (see `net/nearby.py`).
     """
 
     def __init__(
@@ -84,14 +90,24 @@ class Channel:
         limits: Limits | None = None,
         classes: Classes | None = None,
         allocate: Callable[[int], Any] | None = None,
+        nearby: bool = True,
     ) -> None:
         self.address = _address(sock)
         self.counters = Counters()
         self._limits, self._classes = limits or Limits(), dict(classes or {})
         self._wire = open_wire(sock, self._limits.stall.total_seconds())
-        self._pool = Pool(allocate)
+        self._allocate, self._pool = allocate, Pool(allocate)
         self._send_lock, self._recv_lock = threading.Lock(), threading.Lock()
         self._fault: str | None = None
+        self._greeted = False
+        self._door = Door(sock) if nearby and AVAILABLE and sock.family in (socket.AF_INET, socket.AF_INET6) else None
+        self._nearby: Nearby | None = None
+        try:
+            self._send(HELLO, {"nearby": self._door.words() if self._door else None}, None)
+        except BaseException:
+            self.close()
+            raise
+        self.counters = Counters()
 
     def send(self, kind: str, head: dict[str, Any] | None = None, body: Any = None) -> None:
         """Hand a message to the kernel; what lies in `body` may be changed afterwards.
@@ -101,6 +117,11 @@ class Channel:
         """
         if kind.startswith(OWN):
             raise DataError(f"A message's kind is {kind!r}; those that begin with {OWN!r} are for channels themselves.")
+        if not self._greeted:
+            self._greet()
+        self._send(kind, head, body)
+
+    def _send(self, kind: str, head: dict[str, Any] | None, body: Any) -> None:
         message = pack(kind, head, body, self._limits)
         with self._send_lock, self._whole_or_broken("was sent a frame"):
             self._write(message)
@@ -112,16 +133,9 @@ class Channel:
         with self._recv_lock:
             while True:
                 self._await_frame(ends, seconds)
-                begun = time.perf_counter()
-                with self._whole_or_broken("sent a frame"):
-                    incoming, memory = self._read()
-                    body = None if incoming.refused else build(incoming.tree, memory, classes=self._classes)
-                del memory
-                self.counters.seconds_receiving += time.perf_counter() - begun
-                self.counters.frames_received += 1
-                if incoming.refused:
-                    raise incoming.refused
-                return Message(incoming.kind, incoming.head, body)
+                message = self._read_message()
+                if message is not None:
+                    return message
 
     def close(self) -> None:
         """End the connection; whoever waits in it gets a PeerError. May be called twice."""
@@ -131,6 +145,9 @@ class Channel:
         for lock in (self._send_lock, self._recv_lock):
             lock.acquire()
         self._wire.close()
+        for resource in (self._nearby, self._door):
+            if resource is not None:
+                resource.close()
         for lock in (self._send_lock, self._recv_lock):
             lock.release()
 
@@ -141,7 +158,12 @@ class Channel:
         self.close()
 
     def _write(self, message: Outgoing) -> None:
-        """header, head, payload by slices, digest."""
+        """header, head, payload by slices, digest; or only header and head, and the payload in shared memory."""
+        if self._nearby is not None and message.num_bytes >= SHARED_FROM:
+            lent = self._nearby.lend(message.num_bytes)
+            if lent is not None:
+                self._write_shared(message, lent)
+                return
         digest = None if self._wire.encrypted or not message.num_bytes else xxh3_128()
         pieces = [memoryview(message.header(DIGEST if digest else 0)), memoryview(message.head)]
         left = message.num_bytes
@@ -159,6 +181,16 @@ class Channel:
             self._hand_over(pieces)
         self.counters.frames_sent += 1
 
+    def _write_shared(self, message: Outgoing, lent: Lent) -> None:
+        begun, place = time.perf_counter(), 0
+        for array in message.arrays:
+            np.copyto(lent.memory[place : place + array.nbytes], array)
+            place += padded(array.nbytes)
+        self._wire.send([memoryview(message.header(SHARED, lent.number) + message.head)])
+        self.counters.seconds_sending += time.perf_counter() - begun
+        self.counters.bytes_sent += HEADER.size + len(message.head) + message.num_bytes
+        self.counters.frames_sent += 1
+
     def _hand_over(self, pieces: list[memoryview]) -> None:
         begun = time.perf_counter()
         self._wire.send(pieces)
@@ -174,12 +206,57 @@ class Channel:
         if not came:
             raise TimeoutError(f"No message came from {self.address} within {seconds:g} s.")
 
-    def _read(self) -> tuple[Incoming, Bytes]:
+    def _greet(self) -> None:
+        """Before anything is sent: read the peer's first words if they are here, and nobody else is about to."""
+        if self._recv_lock.acquire(blocking=False):
+            try:
+                if not self._greeted and self._wire.wait(0.0):
+                    self._read_message()
+            finally:
+                self._recv_lock.release()
+
+    def _read_message(self) -> Message | None:
+        """None for a word between channels. Raises DataError for what may not be built here."""
+        begun = time.perf_counter()
+        with self._whole_or_broken("sent a frame"):
+            incoming, memory, shared = self._read()
+            if (incoming.kind == HELLO) is self._greeted or (self._greeted and incoming.kind.startswith(OWN)):
+                raise PeerError(f"A frame of the kind {incoming.kind[:20]!r} came out of turn.")
+            if not self._greeted:
+                self._meet(incoming.head)
+                return None
+            refused = incoming.refused
+            body = None if refused else build(incoming.tree, memory, classes=self._classes, shared=shared)
+        self.counters.seconds_receiving += time.perf_counter() - begun
+        self.counters.frames_received += 1
+        if refused:
+            raise refused
+        return Message(incoming.kind, incoming.head, body)
+
+    def _meet(self, head: dict[str, Any]) -> None:
+        if self._door is not None:
+            self._nearby = self._door.meet(head.get("nearby"), self._limits.max_bytes)
+            if self._nearby is None:
+                self._door.close()
+        self._greeted = True
+        self.counters.bytes_received = 0
+
+    def _read(self) -> tuple[Incoming, Bytes, bool]:
         header = read_header(self._filled(HEADER.size), self._limits)
         head = read_head(header, self._filled(header.head_bytes), self._limits, self._classes)
+        if header.flags & SHARED:
+            if self._nearby is None:
+                raise PeerError("A frame lies in shared memory, and there is none between us.")
+            self.counters.bytes_received += header.num_bytes
+            borrowed = self._nearby.borrow(header.buffer, header.num_bytes)
+            if self._allocate is None:
+                return head, borrowed, True
+            memory = self._pool.take(header.num_bytes)
+            np.copyto(memory, borrowed)
+            return head, memory, False
         if header.num_bytes and not header.flags & DIGEST and not self._wire.encrypted:
             raise PeerError("A frame over plain TCP has no digest.")
-        return head, self._read_payload(header)
+        return head, self._read_payload(header), False
 
     def _filled(self, num_bytes: int) -> bytearray:
         data = bytearray(num_bytes)
@@ -189,6 +266,8 @@ class Channel:
         return data
 
     def _read_payload(self, header: Header) -> Bytes:
+        if not header.num_bytes:
+            return np.empty(0, np.uint8)
         memory = self._pool.take(header.num_bytes)
         view = memory.data
         digest = xxh3_128() if header.flags & DIGEST else None

@@ -1,10 +1,12 @@
 """One message as one frame: a fixed checked header, a JSON head, the raw bytes of arrays, and their digest.
 
-    magic   version  flags  -    head    arrays  payload  digest of head  digest of all before
-    4s      u8       u8     u16  u32     u32     u64      8s              8s
+    magic   version  flags  buffer  head  arrays  payload  digest of head  digest of all before
+    4s      u8       u8     u16     u32   u32     u64      8s              8s
     head    {"k": kind, "h": head, "s": the body's structure (net/structure.py)}
     payload the arrays, each at a multiple of 64 bytes
     digest  XXH3-128 of the payload, where the flag says so
+
+A payload in shared memory lies in the buffer of that number, and is not on the wire.
 
 The header is 40 bytes, little-endian; both short digests are XXH3-64. Every limit is checked before memory is
 got for what it limits.
@@ -65,9 +67,17 @@ class Outgoing(NamedTuple):
     num_bytes: int
     """Of the payload, padding included."""
 
-    def header(self, flags: int) -> bytes:
+    def header(self, flags: int, buffer: int = 0) -> bytes:
         facts = HEADER.pack(
-            MAGIC, VERSION, flags, 0, len(self.head), len(self.arrays), self.num_bytes, xxh3_64_digest(self.head), b""
+            MAGIC,
+            VERSION,
+            flags,
+            buffer,
+            len(self.head),
+            len(self.arrays),
+            self.num_bytes,
+            xxh3_64_digest(self.head),
+            b"",
         )[:-8]
         return facts + xxh3_64_digest(facts)
 
@@ -76,6 +86,7 @@ class Header(NamedTuple):
     """The facts of a header that has been checked."""
 
     flags: int
+    buffer: int
     head_bytes: int
     num_arrays: int
     num_bytes: int
@@ -117,7 +128,7 @@ def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits) -> O
 
 def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
     """The facts of 40 bytes from a peer. Raises NotAdmitted for another version, PeerError for what cannot be."""
-    magic, version, flags, reserved, head_bytes, num_arrays, num_bytes, head_digest, digest = HEADER.unpack(data)
+    magic, version, flags, buffer, head_bytes, num_arrays, num_bytes, head_digest, digest = HEADER.unpack(data)
     if magic != MAGIC:
         raise PeerError(
             f"What arrived is not a frame: it begins with {bytes(magic)!r}. Another program may have the port, "
@@ -129,8 +140,8 @@ def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
         raise NotAdmitted(
             f"The peer speaks version {version} of frames, and we version {VERSION}. Install the same trainfleet there."
         )
-    if reserved or flags & ~(DIGEST | SHARED | CODED):
-        raise PeerError(f"A frame has flags {flags:#x} and {reserved:#x} that nobody sets.")
+    if flags & ~(DIGEST | SHARED | CODED) or (buffer and not flags & SHARED):
+        raise PeerError(f"A frame has flags {flags:#x} that nobody sets.")
     for name, value, limit in (
         ("arrays of {:,} bytes", num_bytes, limits.max_bytes),
         ("a head of {:,} bytes", head_bytes, limits.max_head_bytes),
@@ -140,7 +151,7 @@ def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
             raise PeerError(
                 f"A frame announces {name.format(value)}, and the limit is {limit:,}. Raise it if it is meant."
             )
-    return Header(flags, head_bytes, num_arrays, num_bytes, head_digest)
+    return Header(flags, buffer, head_bytes, num_arrays, num_bytes, head_digest)
 
 
 def read_head(header: Header, data: bytes | bytearray | memoryview, limits: Limits, classes: Classes) -> Incoming:

@@ -21,6 +21,7 @@ from trainfleet.net.structure import Bytes, padded
 SLICE_BYTES: Final = 1 << 18  # stays in a core's own cache between the copy and the digest
 MAX_PIECES: Final = 512  # of one call; Linux takes 1,024
 JOIN_BYTES: Final = 1 << 14  # pieces below this are joined before they are encrypted
+EARLY_BYTES: Final = 40  # a header: what `wait` may read
 _ZEROS: Final = memoryview(bytes(64))
 
 
@@ -47,7 +48,8 @@ class Wire(Protocol):
     def wake(self) -> None:
         """End both directions, so that whoever waits in another thread returns."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the socket. What was sent and not yet read is still delivered, if the peer sends no more."""
 
 
 def open_wire(sock: socket.socket, stall_seconds: float) -> Wire:
@@ -130,7 +132,7 @@ class BlockingWire:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._sock.close()
+        _close(self._sock)
 
 
 class PolledWire:
@@ -144,14 +146,27 @@ class PolledWire:
         self._sock, self._stall = sock, stall_seconds
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self._lock = threading.Lock() if self.encrypted else contextlib.nullcontext()
+        self._early = b""
         sock.settimeout(0)
 
     def wait(self, seconds: float) -> bool:
-        if isinstance(self._sock, ssl.SSLSocket):
-            with self._lock:
-                if self._sock.pending():
-                    return True
-        return _await(self._sock, False, seconds)
+        """By reading: over TLS bytes may come that are not for us, such as tickets, and others may be here already."""
+        ends = time.monotonic() + seconds
+        while not self._early:
+            left, to_write = max(0.0, ends - time.monotonic()), False
+            try:
+                with self._lock:
+                    self._early = self._sock.recv(EARLY_BYTES)
+                return True
+            except ssl.SSLWantWriteError:
+                to_write = True
+            except (ssl.SSLWantReadError, BlockingIOError):
+                pass
+            except OSError:
+                return True  # `fill` will say it
+            if not _await(self._sock, to_write, left):
+                return False
+        return True
 
     def send(self, pieces: Sequence[memoryview]) -> None:
         for view in _joined(pieces):
@@ -168,7 +183,9 @@ class PolledWire:
                     raise Ended from None
 
     def fill(self, view: memoryview) -> None:
-        done, size, ends = 0, view.nbytes, time.monotonic() + self._stall
+        done, size, ends = min(len(self._early), view.nbytes), view.nbytes, time.monotonic() + self._stall
+        if done:
+            view[:done], self._early = self._early[:done], self._early[done:]
         while done < size:
             try:
                 with self._lock:
@@ -189,7 +206,7 @@ class PolledWire:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # below TLS, whose own would drop its state
 
     def close(self) -> None:
-        self._sock.close()
+        _close(self._sock)
 
     def _await(self, to_write: bool, ends: float) -> None:
         if not _await(self._sock, to_write, max(0.0, ends - time.monotonic())):
@@ -203,6 +220,15 @@ def _await(sock: socket.socket, to_write: bool, seconds: float) -> bool:
         return bool(poll.poll(seconds * 1000))
     ready = select.select([] if to_write else [sock], [sock] if to_write else [], [], seconds)
     return any(ready)
+
+
+def _close(sock: socket.socket) -> None:
+    """What the peer sent is read and forgotten: else the kernel would reset the connection, and drop our last words."""
+    with contextlib.suppress(OSError):
+        sock.settimeout(0)
+        while socket.socket.recv(sock, SLICE_BYTES):  # below TLS
+            pass
+    sock.close()
 
 
 def _rest(pieces: Sequence[memoryview], sent: int) -> Sequence[memoryview]:
