@@ -30,6 +30,8 @@ class Finding:
     verdict: Literal["ok", "note", "no"] = "ok"
     """`note`: it works, but not as well as it could; `no`: something does not work."""
     remedy: str = ""
+    exit_code: int = 1
+    """Of the command, where the verdict is `no`."""
 
 
 Check = Callable[[], Iterator[Finding]]
