@@ -10,34 +10,22 @@ from datetime import timedelta
 
 import pytest
 from certificates import issue
-from left_behind import nothing_left_behind
 
 from trainfleet.errors import ConfigError, NotAdmitted, PeerError
-from trainfleet.net import listener as listener_module
+from trainfleet.net import admission
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.listener import Listener
 from trainfleet.net.token import Token
 
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
 SECRET = b"0123456789abcdef"
 SOON = timedelta(seconds=5)
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing() -> Iterator[None]:
-    with nothing_left_behind():
-        yield
-
-
-@pytest.fixture(autouse=True)
 def quick_refusals(monkeypatch) -> None:
-    monkeypatch.setattr(listener_module, "_SLOW_SECONDS", 0.1)
-
-
-@pytest.fixture(scope="module")
-def made() -> Credentials:
-    pytest.importorskip("cryptography", reason="identities need the extra `net`")
-    return Credentials.make()
+    monkeypatch.setattr(admission, "_SLOW_SECONDS", 0.1)
 
 
 def exchange(listener: Listener, sock: socket.socket) -> None:

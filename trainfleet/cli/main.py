@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from trainfleet.cli import checkpoint, config, doctor, launch, link, train, verify
+from trainfleet.cli import checkpoint, config, doctor, launch, link, relay, train, verify
 from trainfleet.errors import TrainfleetError
 
 # Plain help and plain tracebacks: rich costs 0.1 s of every start.
@@ -25,6 +25,7 @@ app.command("verify")(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.command("doctor")(doctor.doctor)
+app.command("relay")(relay.relay)
 app.command("link")(link.link)
 
 

@@ -30,23 +30,23 @@ class Address:
             raise ConfigError(f"{self.host!r} is not a host. Write host:port, such as cpu-0:{DEFAULT_PORT}.")
 
     @classmethod
-    def parse(cls, text: str | Address) -> Address:
-        """`cpu-0:7700`, `10.0.0.7`, `[::1]:7700` or `::1`; ConfigError for what is none of these."""
+    def parse(cls, text: str | Address, *, port: int = DEFAULT_PORT) -> Address:
+        """`cpu-0:7700`, `10.0.0.7` (and `port`), `[::1]:7700` or `::1`; ConfigError for what is none of these."""
         if isinstance(text, Address):
             return text
-        host, colon, port = text.strip(), "", ""
+        host, colon, digits = text.strip(), "", ""
         if host.startswith("["):
             host, bracket, rest = host[1:].partition("]")
-            colon, port = rest[:1], rest[1:]
+            colon, digits = rest[:1], rest[1:]
             if not bracket or (rest and colon != ":") or not _is_ipv6(host):
                 raise ConfigError(f"{text!r} is no address; in brackets belongs one of IPv6, as in [::1]:7700.")
         elif not _is_ipv6(host):
-            host, colon, port = host.partition(":")
+            host, colon, digits = host.partition(":")
         if not host:
-            raise ConfigError(f"{text!r} names no host. 0.0.0.0:{port or DEFAULT_PORT} listens on all interfaces.")
-        if colon and not (port.isascii() and port.isdigit() and len(port) <= 5):
-            raise ConfigError(f"The port of {text!r} is {port!r}; write host:port, such as {host}:{DEFAULT_PORT}.")
-        return cls(host, int(port) if colon else DEFAULT_PORT)
+            raise ConfigError(f"{text!r} names no host. 0.0.0.0:{digits or port} listens on all interfaces.")
+        if colon and not (digits.isascii() and digits.isdigit() and len(digits) <= 5):
+            raise ConfigError(f"The port of {text!r} is {digits!r}; write host:port, such as {host}:{port}.")
+        return cls(host, int(digits) if colon else port)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -51,6 +51,8 @@ class Credentials:
         """What the side that listens prints for the others; ConfigError without a secret."""
         if self.secret is None:
             raise ConfigError("A token carries a secret, and these credentials have none.")
+        if self.certificates is not None:
+            raise ConfigError("Who connects to certificates of a CA needs one too, which a token cannot carry.")
         shown = self.identity.fingerprint if self.identity is not None else None
         return Token.make(addresses, secret=self.secret, fingerprint=shown, via=via)
 
@@ -83,6 +85,12 @@ class Credentials:
         if self.fingerprint is not None:
             return self.fingerprint
         return self.identity.fingerprint if self.identity is not None else None
+
+    @property
+    def shown(self) -> bytes | None:
+        """The fingerprint that who dials sees when we listen; None: no TLS."""
+        own = self.certificates or self.identity
+        return own.fingerprint if own is not None else None
 
     def check_listens(self, address: Address, *, loopback: bool) -> None:
         """ConfigError if anyone could connect there, or read along."""

@@ -1,7 +1,8 @@
 """`dial(where, credentials=..., role=..., timeout=...)`: a connected, authenticated socket to who listens there.
 
     dial(to: Address | str | Token, *, credentials: Credentials | None = None, role: str,
-         admits: Collection[str] | None = None, timeout: timedelta, closing: Event | None = None) -> socket.socket
+         admits: Collection[str] | None = None, timeout: timedelta, via: Token | None = None,
+         closing: Event | None = None) -> socket.socket
     Listener(address: Address | str, *, credentials: Credentials = Credentials(), role: str,
          admits: Collection[str] | None = None, ...)                 # listener.py
         .accept(timeout: timedelta) -> socket.socket  .address -> Address  .token(...) -> Token  .close()
@@ -13,6 +14,7 @@ which only loopback may be.
 
 from __future__ import annotations
 
+import functools
 import socket
 import ssl
 import time
@@ -21,17 +23,17 @@ from collections.abc import Collection
 from datetime import timedelta
 from threading import Event
 
-from trainfleet.errors import NotAdmitted, PeerError
+from trainfleet.errors import ConfigError, NotAdmitted, PeerError
 from trainfleet.net.address import Address, obstacle
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.hello import Manners, Peer, introduce
 from trainfleet.net.retry import wait_for
+from trainfleet.net.room import enter_room, room_of
 from trainfleet.net.sockets import set_remaining, tune
 from trainfleet.net.tls import check_fingerprint, peer_fingerprint, refusal
 from trainfleet.net.token import Token, is_token
 
 _TRY_SECONDS = 10.0
-"""For one try to connect, so that a later one has a chance where packets were swallowed."""
 
 _peers: weakref.WeakKeyDictionary[socket.socket, Peer] = weakref.WeakKeyDictionary()
 
@@ -43,11 +45,13 @@ def dial(
     role: str,
     admits: Collection[str] | None = None,
     timeout: timedelta,
+    via: Token | None = None,
     closing: Event | None = None,
 ) -> socket.socket:
     """A socket to the listener at `to`, an address or a token (as text too), which brings its own credentials.
 
     role: what we are, such as `trainer`. admits: roles the other side may have; None: any.
+    via: the token of a relay, where `to` does not name one; tried last.
     Tries again until `timeout`, or until `closing` is set: PeerError with the last reason. NotAdmitted at once for
     wrong credentials, roles or versions; ConfigError for what would be sent in plain to another host. Nothing stays
     open then.
@@ -55,26 +59,29 @@ def dial(
     if isinstance(to, str) and is_token(to):
         to = Token.parse(to)
     if isinstance(to, Token):
-        places, credentials = to.addresses, credentials or Credentials.of(to)
+        places, via, credentials = to.addresses, via or to.via, credentials or Credentials.of(to)
     else:
         places, credentials = (Address.parse(to),), credentials or Credentials()
     for place in places:
         credentials.check_dials(place)
-    context = credentials.client_context()
 
     def attempt(left: float) -> socket.socket:
         ends, errors = time.monotonic() + left, []
-        for place in places:
+        ways = [functools.partial(connect, place) for place in places]
+        if via is not None:
+            ways.append(functools.partial(connect_through, via))
+        for way in ways:
             try:
-                return _connect(place, credentials, context, role, admits, ends)
+                # Each has a time of its own, so that the next has a chance where packets were swallowed.
+                return way(credentials, role=role, admits=admits, ends=min(ends, time.monotonic() + _TRY_SECONDS))
             except NotAdmitted:
                 raise
             except PeerError as exc:
                 errors.append(exc)
         raise errors[-1]
 
-    what = f"the listener at {' or '.join(str(place) for place in places)}"
-    return wait_for(what, attempt, timeout=timeout, closing=closing)
+    names = [str(place) for place in places] + ([f"the relay {via.addresses[0]}"] if via is not None else [])
+    return wait_for(f"the listener at {' or '.join(names)}", attempt, timeout=timeout, closing=closing)
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -88,29 +95,33 @@ def remember(sock: socket.socket, peer: Peer) -> socket.socket:
     return sock
 
 
-def _connect(
-    place: Address,
-    credentials: Credentials,
-    context: ssl.SSLContext | None,
-    role: str,
-    admits: Collection[str] | None,
-    ends: float,
+def connect(
+    place: Address, credentials: Credentials, *, role: str, admits: Collection[str] | None, ends: float
 ) -> socket.socket:
-    ends = min(ends, time.monotonic() + _TRY_SECONDS)
+    """One try to reach who listens at `place`, until `ends` of the monotonic clock."""
     try:
         sock = socket.create_connection((place.host, place.port), timeout=max(0.001, ends - time.monotonic()))
     except OSError as exc:
         raise PeerError(
             f"{place} cannot be reached: {obstacle(exc)}", hint="Is the other side running, and is that its address?"
         ) from exc
-    return greet(sock, place, credentials, context, role, admits, ends)
+    return _greet(sock, place, credentials, role, admits, ends)
 
 
-def greet(
+def connect_through(
+    via: Token, credentials: Credentials, *, role: str, admits: Collection[str] | None, ends: float
+) -> socket.socket:
+    """One try to reach who listens in the room of our secret at a relay."""
+    if credentials.secret is None or not credentials.tls:
+        raise ConfigError("The way through a relay needs a token: its secret names the room, and TLS keeps it private.")
+    sock = enter_room(via, room_of(credentials.secret), "dials", ends)
+    return _greet(sock, via.addresses[0], credentials, role, admits, ends)
+
+
+def _greet(
     sock: socket.socket,
     place: Address,
     credentials: Credentials,
-    context: ssl.SSLContext | None,
     role: str,
     admits: Collection[str] | None,
     ends: float,
@@ -118,7 +129,7 @@ def greet(
     """`sock`, connected to who listens at `place`, with TLS and the first words done; closed if they fail."""
     try:
         tune(sock)
-        shown = None
+        shown, context = None, credentials.client_context()
         if context is not None:
             sock = context.wrap_socket(sock, server_hostname=place.host, do_handshake_on_connect=False)
             assert isinstance(sock, ssl.SSLSocket)

@@ -75,7 +75,7 @@ REFUSALS = {
     "protocol": "runs another version of trainfleet",
     "tls": "wants TLS, and we spoke without: give its token or certificates",
     "busy": "has too many connections waiting",
-    "room": "knows no such room",
+    "room": "has nobody who listens in the room of our token",
 }
 """Reasons that a refusal may give; words of a peer are never shown as they are."""
 

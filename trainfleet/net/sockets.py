@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import time
 from contextlib import suppress
@@ -41,6 +42,15 @@ def read_exactly(sock: socket.socket, count: int, ends: float) -> bytes:
             raise ConnectionResetError("the connection ended early")
         read += chunk
     return read
+
+
+def wait_readable(*socks: socket.socket) -> None:
+    """Return when one of them has bytes or its end to read. One of them is there to end the wait."""
+    # poll takes no descriptor of its own: there may be none left.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        selector.select()
 
 
 def close_gently(sock: socket.socket) -> None:
