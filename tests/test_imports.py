@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import difflib
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 
 from trainfleet.errors import ConfigError
-from trainfleet.imports import load_object
+from trainfleet.imports import imported, load_object
 
 
 @pytest.fixture
@@ -40,3 +43,14 @@ def test_a_missing_module_is_a_wrong_setting_but_a_missing_import_inside_it_is_n
         load_object("nowhere_at_all.deep:Model", key="model.name")
     with pytest.raises(ModuleNotFoundError, match="its_own_dependency"):
         load_object("half_recipe:Model", key="model.name")
+
+
+def test_a_module_counts_as_imported_once_it_is_whole(monkeypatch):
+    assert imported("difflib") is difflib and imported("no_such_module") is None
+    half = ModuleType("half")
+    half.__spec__ = ModuleSpec("half", None)
+    half.__spec__._initializing = True
+    monkeypatch.setitem(sys.modules, "half", half)
+    assert imported("half") is None
+    half.__spec__._initializing = False
+    assert imported("half") is half

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 from trainfleet.errors import ConfigError
@@ -34,3 +36,9 @@ def load_object(path: str, *, key: str) -> Any:
             raise ConfigError(f"{key} is {path!r}, but {module_name} has no {part!r}.{suggestion}")
         value = getattr(value, part)
     return value
+
+
+def imported(name: str) -> ModuleType | None:
+    """The module if it has been imported, and not only in part, as while another thread is about it."""
+    module = sys.modules.get(name)
+    return None if getattr(getattr(module, "__spec__", None), "_initializing", False) else module

@@ -26,7 +26,8 @@ class Batches:
     def __init__(self, crew: Crew, *, pin: bool, as_numpy: bool, on_skip: Callable[[int, str], None] | None) -> None:
         self.skipped = 0
         """Bad samples left out of this rank's consumed batches."""
-        self._crew, self._pin, self._on_skip, self._as_numpy = crew, pin, on_skip, as_numpy
+        self.crew = crew
+        self._pin, self._on_skip, self._as_numpy = pin, on_skip, as_numpy
         self._pool: Pool | None = None
         self._planned: deque[tuple[int, Span, int]] = deque()  # task, span, samples dropped on the way to it
         self._next_task = 0
@@ -43,7 +44,7 @@ class Batches:
             raise StopIteration
         task, span, dropped = self._planned[0]
         try:
-            made = self._pool.receive(task) if self._pool is not None else self._crew.make(span)
+            made = self._pool.receive(task) if self._pool is not None else self.crew.make(span)
         except BaseException:
             self._forget_plans()  # the next call tries the same span again
             raise
@@ -87,8 +88,8 @@ class Batches:
 
     def _plan_ahead(self) -> None:
         if self._pool is None:
-            self._pool = self._crew.open()
-        while len(self._planned) < self._crew.depth:
+            self._pool = self.crew.open()
+        while len(self._planned) < self.crew.depth:
             ahead = self._advance()
             if ahead is None:
                 return

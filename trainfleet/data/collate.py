@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trainfleet.batch import map_arrays
 from trainfleet.errors import DataError
+from trainfleet.imports import imported
 
 
 def stack_samples(samples: Sequence[Any], at: str = "") -> Any:
@@ -146,5 +147,5 @@ def torch_installed() -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")
+    torch = imported("torch")
     return torch is not None and isinstance(value, torch.Tensor)

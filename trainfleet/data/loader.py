@@ -85,7 +85,8 @@ class LocalBatches(IndexedBatches):
             transform=Transform(transform, seed, source),
             collate=None if isinstance(collate, str) else collate,
         )
-        self._transform = maker.transform
+        self.maker = maker
+        """What makes its batches, wherever that happens."""
         crew = Workers(
             maker=maker,
             workers=workers,
@@ -113,4 +114,4 @@ class LocalBatches(IndexedBatches):
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         super().load_state_dict(state)
-        self._transform.seed = self.seed
+        self.maker.transform.seed = self.seed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trainfleet.data.order import indices_at
 from trainfleet.data.sampler import Share, Short, Span, share_of
 from trainfleet.data.source import Source
 from trainfleet.errors import DataError
+from trainfleet.imports import imported
 
 Bad: TypeAlias = Literal["raise", "skip"]
 Progress: TypeAlias = Callable[[int], None]
@@ -151,7 +151,7 @@ class Transform:
         words = np.frombuffer(digest, "<u4").tolist()
         random.seed(words[0])
         np.random.seed(words[1])
-        if (torch := sys.modules.get("torch")) is not None:
+        if (torch := imported("torch")) is not None:
             torch.default_generator.manual_seed(words[2])
 
     @contextmanager
@@ -160,7 +160,7 @@ class Transform:
         if not self._seeds_globals:
             yield
             return
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         states = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch is not None else None
         try:
             yield

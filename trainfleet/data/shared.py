@@ -13,7 +13,6 @@ import io
 import mmap
 import os
 import pickle
-import sys
 import tempfile
 import weakref
 from collections import deque
@@ -24,6 +23,8 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import numpy as np
+
+from trainfleet.imports import imported
 
 INLINE_BYTES = 1 << 14  # below this the pipe is as fast as a buffer, and never blocks the sender
 ALIGN = 64
@@ -127,7 +128,7 @@ class _Pickler(pickle.Pickler):
     """Tensors travel as NumPy arrays: torch's own way would make a file in shared memory for each."""
 
     def reducer_override(self, obj: Any) -> Any:
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         if torch is None or not isinstance(obj, torch.Tensor) or obj.layout is not torch.strided:
             return NotImplemented
         obj = obj.detach().cpu().contiguous()

@@ -43,6 +43,7 @@ from trainfleet.data.sampler import Span
 from trainfleet.data.samples import Bad, Made, Maker
 from trainfleet.data.shared import Receiver, Sender, anonymous_file
 from trainfleet.errors import DataError, TrainfleetError
+from trainfleet.imports import imported
 
 logger = logging.getLogger(__name__)
 
@@ -390,6 +391,6 @@ def _release_sockets(keep: int) -> None:
 
 def _one_thread() -> None:
     """Torch's pool of threads does not survive a fork, and workers share the cores anyway."""
-    torch = sys.modules.get("torch")
+    torch = imported("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)

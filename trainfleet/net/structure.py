@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainfleet.errors import DataError, PeerError
+from trainfleet.imports import imported
 
 ALIGN: Final = 64
 MAX_DIMS: Final = 32
@@ -103,7 +104,7 @@ class _Writer:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
             return ["D", name_of(kind), {name: self._below(name, getattr(value, name)) for name in names}]
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         if torch is not None and kind in (torch.Tensor, torch.nn.Parameter):
             return self._tensor(torch, value)
         raise self._refusal(value)
@@ -299,7 +300,7 @@ class _Reader:
             raise PeerError(f"A frame has a tensor of dtype {str(name)[:20]!r}.")
         count = _count(shape)
         flat = self._take(count * _TORCH_BYTES[name])
-        torch = sys.modules.get("torch")
+        torch = imported("torch")
         if torch is None or not hasattr(torch, name):
             lacking = "torch, which is not imported" if torch is None else f"torch's {name}, which is unknown"
             self.refused = f"tensor of {lacking}"

@@ -1,0 +1,307 @@
+"""All feeders of one rank as a pool: whoever is free makes the next batch, and none is lost with a feeder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from trainfleet.data.feed.feeder import Feeder, Told
+from trainfleet.data.feed.lease import Leases
+from trainfleet.data.feed.terms import Offer, Terms, Unit
+from trainfleet.data.sampler import Span
+from trainfleet.data.samples import Made
+from trainfleet.errors import DataError, NotAdmitted, PeerError
+from trainfleet.net.address import Address
+from trainfleet.net.channel import Channel, Message
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.dial import dial, peer_of
+from trainfleet.net.frames import Limits
+from trainfleet.net.listener import Listener
+from trainfleet.net.token import Token
+
+logger = logging.getLogger(__name__)
+
+_SAY_AFTER = 5.0
+"""Seconds of waiting after which the reason is said, once."""
+_LOOK = 0.25
+_LEAST_AHEAD = 2
+
+
+@dataclass(kw_only=True)
+class Ways:
+    """How feeders are come by: those that are called, and where others may call."""
+
+    feeders: Sequence[str | Address | Token] = ()
+    listen: str | Address | None = None
+    via: Token | str | None = None
+    credentials: Credentials | None = None
+    classes: dict[str, type] | None = None
+    limits: Limits | None = None
+
+    def channel(self, sock: socket.socket) -> Channel:
+        return Channel(sock, limits=self.limits, classes=self.classes)
+
+
+class Feeders:
+    """A Pool over the network. `terms` must be set before anything is submitted."""
+
+    def __init__(self, ways: Ways, *, timeout: timedelta, buffer_bytes: int) -> None:
+        self.terms: Terms | None = None
+        self.lost = 0
+        """Connections to feeders that ended by themselves."""
+        self.repeated = 0
+        """Units that were asked for anew, of another feeder or the same."""
+        self.seconds_waited = 0.0
+        """The loop's, for batches that were not here yet."""
+        self._ways, self._timeout, self._buffer_bytes = ways, timeout.total_seconds(), buffer_bytes
+        self._changed = threading.Condition()
+        self._leases = Leases()
+        self._done: dict[int, Made | Exception] = {}
+        self._offers: dict[str, Offer] = {}
+        self._reasons: dict[str, str] = {}  # by feeder, why it is not here
+        self._fatal: Exception | None = None
+        self._starved = False  # whether the loop had to wait for its last batch
+        self._closing = threading.Event()
+        self._feeders: list[Feeder] = []
+        self._listener: Listener | None = None
+        self._accepting: threading.Thread | None = None
+        self._open()
+
+    def _open(self) -> None:
+        if self._ways.listen is not None or (self._ways.via is not None and not self._ways.feeders):
+            self._listener = Listener(
+                self._ways.listen,
+                credentials=self._ways.credentials,
+                role="trainer",
+                admits=("feeder",),
+                via=self._ways.via,
+            )
+            self._accepting = threading.Thread(target=self._accept, name="trainfleet-feeders", daemon=True)
+            self._accepting.start()
+        for place in self._ways.feeders:
+            name = str(place.addresses[0]) if isinstance(place, Token) else str(place)[:40]
+            self._feeders.append(Feeder(name, functools.partial(self._call, place), self, self._ways.channel))
+
+    def _call(self, place: str | Address | Token, timeout: timedelta, closing: threading.Event) -> socket.socket:
+        credentials = self._ways.credentials
+        return dial(
+            place, credentials=credentials, role="trainer", admits=("feeder",), timeout=timeout, closing=closing
+        )
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while not self._closing.is_set():
+            try:
+                sock = self._listener.accept(timedelta(seconds=1))
+            except TimeoutError:
+                continue
+            except PeerError:
+                return
+            self._feeders = [feeder for feeder in self._feeders if feeder.is_alive]
+            self._feeders.append(
+                Feeder(peer_of(sock).address, lambda *_, sock=sock: sock, self, self._ways.channel, again=False)
+            )
+
+    def offer(self, stream: str) -> Offer:
+        """What the first feeder offers of `stream`; DataError if it has none, PeerError if none is there in time."""
+        self._wait(lambda: bool(self._offers), "the first feeder")
+        if stream not in self._offers:
+            raise DataError(
+                f"The feeders have no stream {stream!r}, but {', '.join(self._offers)}. "
+                "Give the data service one, or evaluate on data of this host."
+            )
+        return self._offers[stream]
+
+    @property
+    def address(self) -> Address | None:
+        """Where feeders may connect to, with the port that was chosen; None if they are called."""
+        return self._listener.address if self._listener is not None else None
+
+    @property
+    def connected(self) -> int:
+        """Feeders that are here."""
+        return self._leases.feeders
+
+    @property
+    def depth(self) -> int:
+        """Units to be under way: what the feeders can have, within the bytes that may wait here."""
+        with self._changed:
+            room, unit = self._leases.room, self._leases.unit_bytes
+        if unit:
+            room = min(room, int(self._buffer_bytes / unit))
+        return max(_LEAST_AHEAD, room)
+
+    # Pool
+
+    def submit(self, task: int, span: Span) -> None:
+        assert self.terms is not None
+        with self._changed:
+            self._leases.add(task, Unit(span.epoch, span.begin, span.end, self.terms))
+        self._hand_out()
+
+    def receive(self, task: int) -> Made:
+        """The batch of a submitted task. Raises DataError where making it failed, PeerError when no feeder was there,
+        or none had anything to say, for the whole timeout."""
+        begun = time.monotonic()
+        self._starved = task not in self._done
+        try:
+            self._wait(lambda: task in self._done, "a batch", task)
+        finally:
+            self.seconds_waited += time.monotonic() - begun
+        with self._changed:
+            found = self._done.pop(task)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def forget(self) -> None:
+        with self._changed:
+            self._leases.clear()
+            self._done.clear()
+        for feeder in list(self._feeders):
+            feeder.forget()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._listener is not None:
+            self._listener.close()
+        if self._accepting is not None:
+            self._accepting.join(10)
+        for feeder in self._feeders:
+            feeder.close()
+        for feeder in self._feeders:
+            feeder.join(10)
+        with self._changed:
+            self._done.clear()
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    # on the feeders' threads
+
+    def joined(self, feeder: Feeder, told: Told) -> None:
+        with self._changed:
+            if self._offers and told.streams != self._offers:
+                raise NotAdmitted(_difference(feeder.name, told.streams, self._offers))
+            self._offers = told.streams
+            self._reasons.pop(feeder.name, None)
+            self._leases.join(feeder, room=2 * max(1, told.workers) + 2)
+            self._changed.notify_all()
+        logger.info("Feeder %s on %s is here, with %d workers.", feeder.name, told.host, told.workers)
+        self._hand_out()
+
+    def left(self, feeder: Feeder, reason: PeerError) -> None:
+        with self._changed:
+            back = self._leases.leave(feeder)
+            self._reasons[feeder.name] = str(reason)
+            self.lost += 1
+            self.repeated += back
+            self._changed.notify_all()
+        logger.warning("Feeder %s is gone: %s %d batches are asked of others.", feeder.name, reason, back)
+        self._hand_out()
+
+    def made(self, feeder: Feeder, message: Message, num_bytes: int) -> None:
+        task, made = _parsed(message)
+        with self._changed:
+            idle = self._starved and message.head.get("idle") is True
+            if self._leases.arrived(feeder, task, time.monotonic(), num_bytes, idle=idle):
+                self._done[task] = made
+                self._changed.notify_all()
+        self._hand_out()
+
+    def given_up(self, feeder: Feeder, reason: Exception) -> None:
+        with self._changed:
+            self._leases.leave(feeder)
+            self._reasons[feeder.name] = str(reason)
+            # One that is not admitted is no loss while there are others; what cannot be read here never can.
+            called = len(self._ways.feeders)
+            if isinstance(reason, DataError) or (self._listener is None and called <= len(self._reasons)):
+                self._fatal = self._fatal or reason
+            self._changed.notify_all()
+        logger.error("Feeder %s is given up: %s", feeder.name, reason)
+        self._hand_out()
+
+    # between them
+
+    def _hand_out(self) -> None:
+        with self._changed:
+            given = self._leases.give(time.monotonic())
+        self._ask(given)
+
+    def _ask(self, given: Sequence[tuple[Hashable, int, Span]]) -> None:
+        for feeder, task, unit in given:  # not under the lock: a feeder may be slow to take it
+            assert isinstance(feeder, Feeder) and isinstance(unit, Unit)
+            feeder.ask(task, unit)
+
+    def _wait(self, met: Callable[[], bool], what: str, task: int | None = None) -> None:
+        since = last = time.monotonic()
+        said = False
+        here = 0
+        while True:
+            with self._changed:
+                if not met() and self._fatal is None:
+                    self._changed.wait(_LOOK)
+                if met():
+                    break
+                if self._fatal is not None:
+                    raise self._fatal
+                now = time.monotonic()
+                if self._leases.feeders:
+                    last = now  # it says that it is alive, or it would not be here
+                given = self._leases.hasten(task, now) if task is not None else []
+                self.repeated += len(given)
+                here, why = self._leases.feeders, "; ".join(f"{name}: {text}" for name, text in self._reasons.items())
+            self._ask(given)
+            if now - last > self._timeout:
+                raise PeerError(
+                    f"Waited {self._timeout:g} s for {what}, and no feeder was there. {why or 'None answered.'}",
+                    hint="Start one with `trainfleet feed`, or look at its address with `trainfleet doctor HOST:PORT`.",
+                )
+            if not said and now - since > _SAY_AFTER:
+                said = True
+                logger.warning("Waiting for %s, with %d feeders here. %s", what, here, why)
+
+
+def _parsed(message: Message) -> tuple[int, Made | Exception]:
+    head = message.head
+    task = head.get("task")
+    if type(task) is not int:
+        raise PeerError("A feeder answered without the number of a task.")
+    if message.kind == "failed":
+        error, hint = head.get("error"), head.get("hint")
+        return task, DataError(str(error)[:4000], hint=hint[:1000] if isinstance(hint, str) else None)
+    skipped = head.get("skipped")
+    if not isinstance(skipped, list) or not all(_is_skip(each) for each in skipped):
+        raise PeerError("A feeder told of bad samples in words that are none.")
+    return task, Made(message.body, tuple((each[0], each[1]) for each in skipped))
+
+
+def _is_skip(each: Any) -> bool:
+    return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and isinstance(each[1], str)
+
+
+def _difference(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -> str:
+    """A sentence about the first stream in which they differ."""
+    for stream in sorted(set(theirs) | set(ours)):
+        one, other = theirs.get(stream), ours.get(stream)
+        if one is None or other is None:
+            return f"Feeder {name} {'has no' if one is None else 'has a'} stream {stream!r}, unlike those before it."
+        if one.samples != other.samples:
+            return (
+                f"Feeder {name} has {one.samples} samples ({one.source}) for {stream}, and those before it have "
+                f"{other.samples} ({other.source}). Give all feeders the same data."
+            )
+        if one.digest != other.digest:
+            return (
+                f"Feeder {name} makes other samples for {stream} than those before it: its first, middle or last "
+                "sample differs, or its transform. Give all feeders the same data and the same code."
+            )
+    return f"Feeder {name} is set up unlike those before it: give all the same size, seed, shuffle, short and bad."

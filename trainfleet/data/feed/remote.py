@@ -1,0 +1,156 @@
+"""RemoteBatches: the stream of a rank whose batches are made by feeders on other hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from trainfleet.data.batches import IndexedBatches
+from trainfleet.data.collate import torch_installed
+from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.feed.terms import Terms
+from trainfleet.data.sampler import Short, Span
+from trainfleet.data.samples import Bad, Made
+from trainfleet.errors import ConfigError
+from trainfleet.net.address import Address
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.frames import Limits
+from trainfleet.net.structure import allow
+from trainfleet.net.token import Token
+
+
+@dataclass(kw_only=True)
+class _Crew:
+    """The feeders of a stream: opened again where they make it with another seed."""
+
+    ways: Ways
+    timeout: timedelta
+    buffer_bytes: int
+    terms: Terms | None = None
+    pool: Feeders | None = None
+
+    def open(self) -> Feeders:
+        if self.pool is not None:
+            self.pool.close()
+        self.pool = Feeders(self.ways, timeout=self.timeout, buffer_bytes=self.buffer_bytes)
+        self.pool.terms = self.terms
+        return self.pool
+
+    @property
+    def depth(self) -> int:
+        assert self.pool is not None
+        return self.pool.depth
+
+    def make(self, span: Span) -> Made:
+        raise AssertionError("feeders make the batches")
+
+
+class RemoteBatches(IndexedBatches):
+    """A BatchStream whose batches are made by feeders: the same samples in the same order as those of LocalBatches.
+
+        batches = RemoteBatches(["cpu-0:7700", "cpu-1:7700"])
+
+    A rank asks for the micro-batches that come next of whichever feeder is free. A feeder that ends, hangs or is cut
+    off loses nothing: what it had is asked of the others. Its place is that of LocalBatches, (epoch, position), and
+    goes into the model's checkpoint; either can go on where the other was saved.
+
+    feeders       addresses or tokens of data services; any number, and those that come later count too
+    listen        where feeders connect to, if they cannot be called: rank r listens at the port plus r
+    via           token of a relay, if neither side can be reached
+    stream        `training`, or `evaluation`: one pass in order, to be rewound
+    size, seed, shuffle, short, bad    as the feeder has them, unless given
+    classes       dataclasses and named tuples that batches are made of
+    buffer_bytes  batches that may wait here for the loop; the feeders are asked for no more
+    timeout       how long the loop waits while no feeder is there
+
+    Raises PeerError when no feeder is there in time, NotAdmitted for wrong credentials or feeders that have different
+    data, ConfigError for addresses that cannot be, DataError for a sample that failed.
+    """
+
+    def __init__(
+        self,
+        feeders: Sequence[str | Address | Token] | str | Token = (),
+        *,
+        listen: str | Address | None = None,
+        via: Token | str | None = None,
+        credentials: Credentials | None = None,
+        stream: str = "training",
+        size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        shuffle: bool | None = None,
+        short: Short | None = None,
+        bad: Bad | None = None,
+        epochs: int | None = None,
+        classes: Sequence[type] = (),
+        pin: bool = False,
+        as_numpy: bool = False,
+        buffer_bytes: int = 1 << 29,
+        limits: Limits | None = None,
+        on_skip: Callable[[int, str], None] | None = None,
+        timeout: timedelta = timedelta(minutes=2),
+    ) -> None:
+        called = [feeders] if isinstance(feeders, str | Token) else list(feeders)
+        if not called and listen is None and via is None:
+            raise ConfigError("RemoteBatches needs feeders to call, an address to listen at, or a relay.")
+        if buffer_bytes < 1 or timeout <= timedelta(0):
+            raise ConfigError(f"buffer_bytes={buffer_bytes} and timeout={timeout}; both must be more than nothing.")
+        if listen is not None:
+            listen = Address.parse(listen)
+            listen = replace(listen, port=listen.port + rank if listen.port else 0)
+        ways = Ways(
+            feeders=called,
+            listen=listen,
+            via=via,
+            credentials=credentials,
+            classes=allow(*classes),
+            limits=limits,
+        )
+        crew = _Crew(ways=ways, timeout=timeout, buffer_bytes=buffer_bytes)
+        pool = crew.open()
+        try:
+            offer = pool.offer(stream)
+            terms = Terms(
+                stream=stream,
+                size=offer.size if size is None else size,
+                rank=rank,
+                world_size=world_size,
+                seed=offer.seed if seed is None else seed,
+                shuffle=offer.shuffle if shuffle is None else shuffle,
+                short=offer.short if short is None else short,
+                bad=offer.bad if bad is None else bad,
+            )
+            crew.terms = pool.terms = terms
+            super().__init__(
+                crew,
+                num_samples=offer.samples,
+                size=terms.size,
+                rank=rank,
+                world_size=world_size,
+                seed=terms.seed,
+                shuffle=terms.shuffle,
+                short=terms.short,
+                epochs=1 if stream == "evaluation" else epochs,
+                name=f"the feeders' stream {stream}",
+                pin=pin,
+                as_numpy=as_numpy or not torch_installed(),
+                on_skip=on_skip,
+            )
+        except BaseException:
+            pool.close()
+            raise
+        self._remote, self._pool = crew, pool
+
+    @property
+    def feeders(self) -> Feeders:
+        """Those who make the batches, with what they have done so far."""
+        assert self._remote.pool is not None
+        return self._remote.pool
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        super().load_state_dict(state)
+        assert self._remote.terms is not None
+        self._remote.terms = replace(self._remote.terms, seed=self.seed)

@@ -1,0 +1,200 @@
+"""DataService: a feeder. It makes the batches that trainers ask for, on as many connections as there are."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from types import TracebackType
+
+from trainfleet.data.crew import Workers
+from trainfleet.data.feed.session import Session
+from trainfleet.data.feed.stock import Stock
+from trainfleet.data.feed.workshop import Workshop
+from trainfleet.data.loader import LocalBatches
+from trainfleet.errors import ConfigError, NotAdmitted, PeerError
+from trainfleet.net.address import Address
+from trainfleet.net.channel import Channel
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.dial import dial, peer_of
+from trainfleet.net.frames import Limits
+from trainfleet.net.listener import Listener
+from trainfleet.net.token import Token
+
+logger = logging.getLogger(__name__)
+
+_A_WHILE = timedelta(seconds=1)
+_TRAINERS = ("trainer",)
+
+
+class DataService:
+    """Makes the batches of `training`, and of `evaluation` where there is one, for whoever asks with our secret.
+
+        DataService(LocalBatches(dataset, size=64, workers=32, transform=augment)).serve()
+
+    The streams are never iterated: what they say of source, transform, workers and order is what trainers get, who
+    decide on size, seed and order where they want others. Each trainer's place is its own, so that one service feeds
+    several runs.
+
+    address       where to listen, host:port; None: nowhere
+    dials         trainers that listen themselves, by address or token, to whom this side connects, again and again
+    via           token of a relay where trainers come to, because neither side can be reached
+    credentials   none is enough on loopback; else `Credentials.make()`, whose token goes to the trainers
+
+    `open` returns once it listens, `serve` when the service is closed or Ctrl-C is pressed. Raises ConfigError for a
+    port in use, an address of others, and an address off loopback without credentials.
+    """
+
+    def __init__(
+        self,
+        training: LocalBatches,
+        *,
+        evaluation: LocalBatches | None = None,
+        address: str | Address | None = "127.0.0.1:7700",
+        dials: Sequence[str | Address | Token] = (),
+        via: Token | str | None = None,
+        credentials: Credentials | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if address is None and via is None and not dials:
+            raise ConfigError("A data service needs an address to listen at, a relay, or trainers to connect to.")
+        streams = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
+        self.stock = Stock(streams)
+        self._workers = training.crew
+        self._where, self._dials, self._via = address, list(dials), via
+        self._credentials, self._limits = credentials or Credentials(), limits or Limits()
+        self._sessions: dict[Session, str] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._opened = ExitStack()
+        self.listener: Listener | None = None
+
+    @property
+    def address(self) -> Address:
+        """Where it listens, with the port that was chosen for port 0."""
+        if self.listener is None:
+            raise ConfigError("This data service does not listen: it is not open, or only connects to trainers.")
+        return self.listener.address
+
+    def open(self) -> DataService:
+        assert isinstance(self._workers, Workers)
+        words = {name: offer.to_plain() for name, offer in self.stock.offers().items()}
+        self._words = {"streams": words, "host": socket.gethostname(), "workers": self._workers.workers}
+        crew = Workers(
+            maker=self.stock,
+            workers=self._workers.workers,
+            prefetch=self._workers.prefetch,
+            bad=self._workers.bad,
+            timeout=self._workers.timeout,
+            restarts=self._workers.restarts,
+            start_method=self._workers.start_method,
+        )
+        try:
+            self._workshop = Workshop(crew)
+            self._opened.callback(self._workshop.close)
+            if self._where is not None or self._via is not None:
+                self.listener = self._opened.enter_context(
+                    Listener(self._where, credentials=self._credentials, role="feeder", admits=_TRAINERS, via=self._via)
+                )
+                self._start(self._accept)
+            for place in self._dials:
+                self._start(self._dial, place)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def serve(self) -> None:
+        with self.open():
+            self._closing.wait()
+
+    def close(self) -> None:
+        """End all connections and workers; what was asked for is asked of others. May be called twice."""
+        self._closing.set()
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+        self._opened.close()
+        for thread in self._threads:
+            thread.join(30)
+
+    def __enter__(self) -> DataService:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def trainers(self) -> list[str]:
+        """The addresses of those who are connected."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return self._workshop.pids
+
+    def _start(self, target: object, *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, name="trainfleet-feed", daemon=True)  # type: ignore[arg-type]
+        self._threads = [other for other in self._threads if other.is_alive()]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        assert self.listener is not None
+        while not self._closing.is_set():
+            try:
+                sock = self.listener.accept(_A_WHILE)
+            except TimeoutError:
+                continue
+            except PeerError:
+                return  # closed
+            self._start(self._feed, sock)
+
+    def _dial(self, place: str | Address | Token) -> None:
+        """Be there for a trainer that listens: connect, and when it has gone, wait for it again."""
+        while not self._closing.is_set():
+            try:
+                sock = dial(
+                    place,
+                    credentials=None if isinstance(place, Token) else self._credentials,
+                    role="feeder",
+                    admits=_TRAINERS,
+                    timeout=timedelta(days=365),
+                    closing=self._closing,
+                )
+            except NotAdmitted as exc:
+                logger.error("%s", exc)
+                return
+            except PeerError as exc:
+                logger.info("%s", exc)
+                continue
+            self._feed(sock)
+            self._closing.wait(0.2)
+
+    def _feed(self, sock: socket.socket) -> None:
+        who = peer_of(sock).address
+        try:
+            session = Session(Channel(sock, limits=self._limits), self.stock, self._workshop)
+        except PeerError as exc:
+            logger.info("%s", exc)
+            return
+        with self._lock:
+            self._sessions[session] = who
+        if self._closing.is_set():
+            session.close()
+        logger.info("Trainer %s is here.", who)
+        try:
+            session.run(self._words)
+        except PeerError as exc:
+            logger.warning("Trainer %s has gone after %d batches: %s", who, session.num_units, exc)
+        else:
+            logger.info("Trainer %s is done: %d batches.", who, session.num_units)
+        finally:
+            with self._lock:
+                self._sessions.pop(session, None)
