@@ -69,6 +69,12 @@ def test_a_token_is_all_that_the_dialler_needs(made):
         exchange(listener, sock)
 
 
+def test_the_credentials_of_a_token_go_before_those_given(made):
+    with Listener("127.0.0.1:0", credentials=made, role="feeder") as listener:
+        others = Credentials(secret=SECRET)
+        exchange(listener, dial(listener.token(), credentials=others, role="trainer", timeout=SOON))
+
+
 def test_of_several_addresses_the_one_that_answers_is_taken(made):
     with closed_port() as closed, Listener("127.0.0.1:0", credentials=made, role="feeder") as listener:
         exchange(listener, dial(listener.token([closed, listener.address]), role="trainer", timeout=SOON))

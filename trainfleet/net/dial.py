@@ -48,7 +48,7 @@ def dial(
     via: Token | None = None,
     closing: Event | None = None,
 ) -> socket.socket:
-    """A socket to the listener at `to`, an address or a token (as text too), which brings its own credentials.
+    """A socket to the listener at `to`, an address or a token (as text too), whose credentials go before those given.
 
     role: what we are, such as `trainer`. admits: roles the other side may have; None: any.
     via: the token of a relay, where `to` does not name one; tried last.
@@ -59,7 +59,7 @@ def dial(
     if isinstance(to, str) and is_token(to):
         to = Token.parse(to)
     if isinstance(to, Token):
-        places, via, credentials = to.addresses, via or to.via, credentials or Credentials.of(to)
+        places, via, credentials = to.addresses, via or to.via, Credentials.of(to)
     else:
         places, credentials = (Address.parse(to),), credentials or Credentials()
     for place in places:
