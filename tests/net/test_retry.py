@@ -43,6 +43,21 @@ def test_the_budget_ends_it_with_the_last_reason_and_its_remedy():
     assert e.value.hint == "Start it." and time.monotonic() - begin < 0.5
 
 
+def test_a_try_that_the_deadline_cuts_short_does_not_hide_the_reason():
+    tries = []
+
+    def attempt(left: float) -> None:
+        tries.append(left)
+        if len(tries) < 3:
+            raise PeerError("The port is closed.")
+        time.sleep(left)
+        raise PeerError("No answer in time.")
+
+    with pytest.raises(PeerError, match="The port is closed"):
+        wait_for("the feeder", attempt, timeout=timedelta(seconds=0.4))
+    assert len(tries) == 3
+
+
 def test_one_who_is_not_admitted_does_not_ask_again():
     tries = []
 

@@ -44,7 +44,7 @@ def wait_for(
     raised at once. At the end of `timeout`: PeerError with the last reason. `closing`, once set, ends the wait too.
     """
     begin = time.monotonic()
-    ends, said = begin + timeout.total_seconds(), False
+    ends, said, reason = begin + timeout.total_seconds(), False, None
     for pause in pauses():
         try:
             return attempt(max(0.001, ends - time.monotonic()))
@@ -52,13 +52,15 @@ def wait_for(
             raise
         except PeerError as exc:
             now = time.monotonic()
+            if reason is None or now < ends:  # a try that the deadline cut short tells less than the one before
+                reason = exc
             if closing is not None and closing.is_set():
                 raise
             if now + pause >= ends:
                 raise PeerError(
-                    f"{what[:1].upper()}{what[1:]} could not be reached within {timeout.total_seconds():g} s. {exc}",
-                    hint=exc.hint,
-                ) from exc
+                    f"{what[:1].upper()}{what[1:]} could not be reached within {timeout.total_seconds():g} s. {reason}",
+                    hint=reason.hint,
+                ) from reason
             if not said and now - begin >= _SPEAK_SECONDS:
                 logger.info("Waiting up to %g s for %s. %s", ends - now, what, exc)
                 said = True
