@@ -85,6 +85,14 @@ def test_a_name_that_does_not_resolve_cannot_be_listened_at():
         Address("no.such.host.invalid").resolve()
 
 
+def test_others_see_a_number_of_this_host_where_it_listens_at_all():
+    seen = Address("0.0.0.0", 77).seen_by_others()
+    assert seen and all(address.port == 77 and address.host not in ("0.0.0.0", "::") for address in seen)
+    for address in seen:
+        address.resolve()  # a number of this host
+    assert Address("cpu-0", 77).seen_by_others() == [Address("cpu-0", 77)]
+
+
 def test_every_obstacle_ends_a_sentence():
     errors = [socket.gaierror(-2, "x"), ConnectionRefusedError(), TimeoutError(), ConnectionResetError()]
     assert len({obstacle(error) for error in [*errors, OSError(101, "x"), OSError(5, "Input/output error")]}) == 6

@@ -69,6 +69,13 @@ def test_a_token_is_all_that_the_dialler_needs(made):
         exchange(listener, sock)
 
 
+def test_a_token_of_all_interfaces_names_one_that_can_be_dialled(made):
+    with Listener("0.0.0.0:0", credentials=made, role="feeder") as listener:
+        token = listener.token()
+        assert all(address.host not in ("0.0.0.0", "::") for address in token.addresses)
+        exchange(listener, dial(token, role="trainer", timeout=SOON))
+
+
 def test_the_credentials_of_a_token_go_before_those_given(made):
     with Listener("127.0.0.1:0", credentials=made, role="feeder") as listener:
         others = Credentials(secret=SECRET)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ def relay(
     address: list[str] | None = typer.Option(
         None,
         "--address",
-        help="How others call this host; may be given again.  [default: its name]",
+        help="How others call this host; may be given again.  [default: its number]",
         metavar="HOST[:PORT]",
     ),
     folder: Path | None = typer.Option(
@@ -52,8 +51,8 @@ def relay(
         signal.signal(number, lambda *_: ending.set())
     with Relay(Address(host, port), credentials=Credentials.make(folder=folder), limits=limits) as running:
         print(f"Relaying at {running.address}. The side that listens needs this token:", flush=True)
-        names = address or [socket.gethostname() if host in ("0.0.0.0", "::") else host]
-        print(running.token([Address.parse(name, port=running.address.port) for name in names]), flush=True)
+        names = [Address.parse(name, port=running.address.port) for name in address or ()]
+        print(running.token(names), flush=True)
         while not ending.wait(3600):
             pass
         waiting, joined = running.counts()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from trainfleet.errors import ConfigError
 
 DEFAULT_PORT = 7700
+_ALL = ("0.0.0.0", "::")
+_ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))  # RFC 5737 and 3849: nobody's
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,13 @@ class Address:
         """Whether it means the host itself to everyone who uses it. A name that only resolves to it does not count."""
         return self.host == "localhost" or is_loopback_number(self.host)
 
+    def seen_by_others(self) -> list[Address]:
+        """What others may dial where this host listens at it: itself, or for all interfaces those that lead outward."""
+        if self.host not in _ALL:
+            return [self]
+        found = [Address(number, self.port) for number in map(_number_towards, _ELSEWHERE) if number is not None]
+        return found or [Address("127.0.0.1", self.port)]
+
     def resolve(self) -> tuple[socket.AddressFamily, tuple[str, int]]:
         """Family and numbers to listen at; ConfigError where this host does not know the name."""
         try:
@@ -68,6 +77,17 @@ class Address:
                 hint="Give a number or name of this host; 0.0.0.0 stands for all its interfaces.",
             ) from exc
         return family, (str(place[0]), int(place[1]))
+
+
+def _number_towards(place: tuple[socket.AddressFamily, str]) -> str | None:
+    """Our address on the way to another host; None where there is no way."""
+    family, host = place
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # a datagram socket sends nothing here
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
 
 
 def is_loopback_number(host: str) -> bool:

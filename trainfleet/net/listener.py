@@ -80,9 +80,12 @@ class Listener:
         return sock
 
     def token(self, addresses: Sequence[Address | str] = ()) -> Token:
-        """What to print for the other side; `addresses`: as it calls this host. Ours unless given or at a relay."""
+        """What to print for the other side; `addresses`: as it calls this host. Ours unless given or at a relay.
+
+        Where all interfaces are listened at: the numbers from which packets to other hosts go out.
+        """
         if not addresses and self._via is None:
-            addresses = [self.address]
+            addresses = self.address.seen_by_others()
         return self._credentials.token(addresses, via=self._via)
 
     def close(self) -> None:
