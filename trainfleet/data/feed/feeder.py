@@ -73,9 +73,10 @@ class Feeder:
 
     def close(self) -> None:
         self._closing.set()
-        if self._channel is not None:
+        channel = self._channel  # its thread lets go of it when the connection ends
+        if channel is not None:
             self._say("bye", {})
-            self._channel.close()
+            channel.close()
 
     @property
     def is_alive(self) -> bool:

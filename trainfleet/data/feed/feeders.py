@@ -189,9 +189,9 @@ class Feeders:
 
     def joined(self, feeder: Feeder, told: Told) -> None:
         with self._changed:
-            if self._offers and told.streams != self._offers:
-                raise NotAdmitted(_difference(feeder.name, told.streams, self._offers))
-            self._offers = told.streams
+            self._offers = self._offers or told.streams
+            if difference := _difference(feeder.name, told.streams, self._offers):
+                raise NotAdmitted(difference)
             self._reasons.pop(feeder.name, None)
             self._leases.join(feeder, room=2 * max(1, told.workers) + 2)
             self._changed.notify_all()
@@ -288,8 +288,8 @@ def _is_skip(each: Any) -> bool:
     return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and isinstance(each[1], str)
 
 
-def _difference(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -> str:
-    """A sentence about the first stream in which they differ."""
+def _difference(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -> str | None:
+    """A sentence about the first stream whose samples differ. Size and order are what the trainer asks for."""
     for stream in sorted(set(theirs) | set(ours)):
         one, other = theirs.get(stream), ours.get(stream)
         if one is None or other is None:
@@ -304,4 +304,4 @@ def _difference(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -> 
                 f"Feeder {name} makes other samples for {stream} than those before it: its first, middle or last "
                 "sample differs, or its transform. Give all feeders the same data and the same code."
             )
-    return f"Feeder {name} is set up unlike those before it: give all the same size, seed, shuffle, short and bad."
+    return None

@@ -1,0 +1,122 @@
+"""The pool of feeders: an answer is checked before it counts, and asked for is what somebody can have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from data.feed.test_stock import TERMS
+from data.feed.test_terms import OFFER
+
+from trainfleet.data.feed.feeder import Told
+from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.sampler import Span
+from trainfleet.errors import DataError, NotAdmitted, PeerError
+from trainfleet.net.channel import Message
+
+
+class Known:
+    """A feeder that notes what is asked of it."""
+
+    def __init__(self, name):
+        self.name, self.asked = name, []
+
+    def ask(self, task, unit):
+        self.asked.append((task, unit))
+
+    def forget(self):
+        self.asked.append("forget")
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr("trainfleet.data.feed.feeders.Feeder", Known)
+    pool = Feeders(Ways(), timeout=timedelta(seconds=1), buffer_bytes=1 << 20)
+    pool.terms = TERMS
+    yield pool
+    pool.close()
+
+
+def made(task, body=None, **head):
+    return Message("made", {"task": task, "skipped": [], "idle": False} | head, body)
+
+
+def told(**change):
+    return Told({"training": replace(OFFER, **change)}, "cpu-0", 1)
+
+
+def test_a_batch_comes_from_whoever_has_room(pool):
+    one, other = Known("one"), Known("other")
+    pool.submit(0, Span(0, 0, 8))
+    pool.joined(one, told())
+    assert [task for task, _ in one.asked] == [0]
+    pool.joined(other, told())
+    for task in range(1, 8):
+        pool.submit(task, Span(0, 8 * task, 8 * task + 8))
+    assert len(one.asked) == len(other.asked) == 4
+    assert pool.depth == 8
+    pool.made(one, made(0, "batch", skipped=[[3, "rotten"]]), 100)
+    assert pool.receive(0).batch == "batch"
+    pool.left(other, PeerError("gone"))
+    assert pool.lost == 1 and pool.repeated == 4
+    for task in range(1, 8):
+        for number, _ in list(one.asked):
+            pool.made(one, made(number, number), 100)
+        assert pool.receive(task).batch == task
+    pool.forget()
+    assert one.asked[-1:] != ["forget"], "a pool forgets with those whom it started"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Message("made", {}, None),
+        made("0"),
+        made(0, skipped=None),
+        made(0, skipped=[["3", "rotten"]]),
+        made(0, skipped=[[3]]),
+        Message("failed", {"error": "?"}, None),
+    ],
+)
+def test_an_answer_that_is_none_is_the_feeders_fault(pool, answer):
+    one = Known("one")
+    pool.joined(one, told())
+    pool.submit(0, Span(0, 0, 8))
+    with pytest.raises(PeerError):
+        pool.made(one, answer, 0)
+
+
+def test_a_failure_is_raised_where_its_batch_is_wanted(pool):
+    one = Known("one")
+    pool.joined(one, told())
+    pool.submit(0, Span(0, 0, 8))
+    pool.made(one, Message("failed", {"task": 0, "error": "41 is rotten", "hint": "look"}, None), 0)
+    with pytest.raises(DataError, match="41 is rotten") as caught:
+        pool.receive(0)
+    assert caught.value.hint == "look"
+
+
+@pytest.mark.parametrize(("change", "word"), [({"samples": 11}, "11 samples"), ({"digest": "ff"}, "other samples")])
+def test_a_feeder_with_something_else_is_not_admitted(pool, change, word):
+    pool.joined(Known("one"), told())
+    pool.joined(Known("alike"), told(size=5, seed=9, source="elsewhere"))
+    with pytest.raises(NotAdmitted, match=word):
+        pool.joined(Known("other"), told(**change))
+    with pytest.raises(NotAdmitted, match="evaluation"):
+        pool.joined(Known("third"), Told({"training": OFFER, "evaluation": OFFER}, "cpu-2", 1))
+
+
+def test_what_cannot_be_read_here_ends_the_wait(pool):
+    pool.submit(0, Span(0, 0, 8))
+    pool.given_up(Known("one"), DataError("a Pair may not be built"))
+    with pytest.raises(DataError, match="Pair"):
+        pool.receive(0)
+
+
+def test_without_feeders_the_wait_ends_at_the_deadline_with_the_reason(pool):
+    pool.submit(0, Span(0, 0, 8))
+    pool.left(Known("one"), PeerError("it was unplugged"))
+    with pytest.raises(PeerError, match="unplugged"):
+        pool.receive(0)
+    assert pool.seconds_waited >= 1
