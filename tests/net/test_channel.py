@@ -14,6 +14,7 @@ from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from trainfleet.errors import DataError, PeerError
 from trainfleet.net.channel import Channel
+from trainfleet.net.compression import PREFIX, available
 from trainfleet.net.frames import Limits, pack
 from trainfleet.net.structure import allow
 
@@ -28,9 +29,25 @@ def sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-@pytest.fixture(params=["tcp", "nearby"])
+def encrypted(ours: socket.socket, theirs: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """TLS over these; tickets are on, as other servers have them."""
+    pytest.importorskip("cryptography", reason="makes the certificate")
+    from trainfleet.net.tls import Identity, pinned_context
+
+    context = Identity.make().server_context()
+    context.num_tickets = 2
+    wrapped: list[socket.socket] = []
+    server = threading.Thread(target=lambda: wrapped.append(context.wrap_socket(theirs, server_side=True)))
+    server.start()
+    client = pinned_context().wrap_socket(ours)
+    server.join()
+    return client, wrapped[0]
+
+
+@pytest.fixture(params=["tcp", "tls", "nearby"])
 def ends(request):
-    ours, theirs = (Channel(sock, limits=QUICK, nearby=request.param == "nearby") for sock in sockets())
+    pair = encrypted(*sockets()) if request.param == "tls" else sockets()
+    ours, theirs = (Channel(sock, limits=QUICK, nearby=request.param == "nearby") for sock in pair)
     yield ours, theirs
     ours.close()
     theirs.close()
@@ -249,6 +266,29 @@ def test_no_memory_is_got_beyond_the_limit():
         with pytest.raises(PeerError, match="announces arrays of 1,099,511,627,776 bytes, and the limit is 16,777,216"):
             channel.recv(5)
     assert asked == []
+
+
+def test_over_a_slow_link_payloads_are_made_smaller():
+    if not available():
+        pytest.skip("neither zstandard nor lz4 is installed")
+    a, b = sockets()
+    body = {"x": np.zeros(1 << 18, np.float32), "y": np.arange(100)}
+    with Channel(a, nearby=False) as ours, Channel(b, nearby=False) as theirs:
+        theirs.send("x")
+        ours.recv(1)
+        ours._compression.learn(1 << 26, 60.0)  # as if the last 64 MiB had taken a minute
+        for size in (1 << 18, 1000):
+            ours.send("b", {}, {"x": body["x"][:size], "y": body["y"]})
+            back = theirs.recv(5).body
+            assert (back["x"] == 0).all() and (back["y"] == body["y"]).all()
+        assert ours.counters.bytes_sent < 20_000
+
+
+def test_a_coded_payload_that_lies_about_its_length_is_refused(raw_and_channel):
+    raw, channel = raw_and_channel
+    raw.sendall(forged(b'{"k":"b","h":{},"s":["a","|u1",[64]]}', PREFIX.pack(0, 1 << 50), num_bytes=64, flags=5))
+    with pytest.raises(PeerError, match="coded bytes for 64"):
+        channel.recv(5)
 
 
 def test_a_frame_before_the_first_words_is_refused():

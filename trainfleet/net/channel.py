@@ -26,7 +26,9 @@ import numpy as np
 from xxhash import xxh3_128
 
 from trainfleet.errors import DataError, PeerError
+from trainfleet.net.compression import PREFIX, Compression, available, decode, name_at
 from trainfleet.net.frames import (
+    CODED,
     DIGEST,
     DIGEST_BYTES,
     HEADER,
@@ -80,7 +82,8 @@ class Channel:
 
     `classes`: dataclasses and named tuples that a body may be built of (`allow`). `allocate(num_bytes)`: memory for
     what arrives, such as pinned; anything with a writable buffer. Over plain TCP each payload is under a digest.
-    `nearby=False` keeps to the socket also where the peer is on this host (see `net/nearby.py`).
+    `nearby=False` keeps to the socket also where the peer is on this host (see `net/nearby.py`), `compress=False`
+    never makes a payload smaller, though the link be slow (see `net/compression.py`).
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Channel:
         classes: Classes | None = None,
         allocate: Callable[[int], Any] | None = None,
         nearby: bool = True,
+        compress: bool = True,
     ) -> None:
         self.address = _address(sock)
         self.counters = Counters()
@@ -102,8 +106,11 @@ class Channel:
         self._greeted = False
         self._door = Door(sock) if nearby and AVAILABLE and sock.family in (socket.AF_INET, socket.AF_INET6) else None
         self._nearby: Nearby | None = None
+        self._codecs = available() if compress else []
+        self._compression = Compression([])
+        words = {"nearby": self._door.words() if self._door else None, "codecs": self._codecs}
         try:
-            self._send(HELLO, {"nearby": self._door.words() if self._door else None}, None)
+            self._send(HELLO, words, None)
         except BaseException:
             self.close()
             raise
@@ -158,28 +165,39 @@ class Channel:
         self.close()
 
     def _write(self, message: Outgoing) -> None:
-        """header, head, payload by slices, digest; or only header and head, and the payload in shared memory."""
+        """header, head, payload by slices, digest; or header and head, and the payload in shared memory."""
         if self._nearby is not None and message.num_bytes >= SHARED_FROM:
             lent = self._nearby.lend(message.num_bytes)
             if lent is not None:
                 self._write_shared(message, lent)
                 return
-        digest = None if self._wire.encrypted or not message.num_bytes else xxh3_128()
-        pieces = [memoryview(message.header(DIGEST if digest else 0)), memoryview(message.head)]
-        left = message.num_bytes
-        for part in slices(message.arrays):
+        coded = self._compression.made_smaller(message.arrays, message.num_bytes)
+        flags = 0 if self._wire.encrypted or not message.num_bytes else DIGEST
+        begun, before = self.counters.seconds_sending, self.counters.bytes_sent
+        if coded is None:
+            self._write_payload([message.header(flags), message.head], slices(message.arrays), flags)
+        else:
+            start = [message.header(flags | CODED), message.head, coded.prefix]
+            self._write_payload(start, slices([coded.data], padding=False), flags)
+        self._compression.learn(self.counters.bytes_sent - before, self.counters.seconds_sending - begun)
+        self.counters.frames_sent += 1
+
+    def _write_payload(self, start: list[bytes], parts: Iterator[list[memoryview]], flags: int) -> None:
+        """The digest is of what goes over the wire, and follows it in the same call as the last slice."""
+        digest = xxh3_128() if flags & DIGEST else None
+        pieces = [memoryview(piece) for piece in start]
+        for part in parts:
+            if pieces and not start:
+                self._hand_over(pieces)
+                pieces = []
+            start = []
             if digest is not None:
                 for piece in part:
                     digest.update(piece)  # warm for the copy that the kernel makes next
-            left -= sum(piece.nbytes for piece in part)
             pieces += part
-            if digest is not None and not left:
-                pieces.append(memoryview(digest.digest()))
-            self._hand_over(pieces)
-            pieces = []
-        if pieces:
-            self._hand_over(pieces)
-        self.counters.frames_sent += 1
+        if digest is not None:
+            pieces.append(memoryview(digest.digest()))
+        self._hand_over(pieces)
 
     def _write_shared(self, message: Outgoing, lent: Lent) -> None:
         begun, place = time.perf_counter(), 0
@@ -238,6 +256,8 @@ class Channel:
             self._nearby = self._door.meet(head.get("nearby"), self._limits.max_bytes)
             if self._nearby is None:
                 self._door.close()
+        theirs = head.get("codecs")
+        self._compression = Compression([name for name in self._codecs if isinstance(theirs, list) and name in theirs])
         self._greeted = True
         self.counters.bytes_received = 0
 
@@ -268,17 +288,25 @@ class Channel:
     def _read_payload(self, header: Header) -> Bytes:
         if not header.num_bytes:
             return np.empty(0, np.uint8)
-        memory = self._pool.take(header.num_bytes)
-        view = memory.data
         digest = xxh3_128() if header.flags & DIGEST else None
-        for begin in range(0, header.num_bytes, SLICE_BYTES):
-            part = view[begin : begin + SLICE_BYTES]
+        if header.flags & CODED:
+            place, length = PREFIX.unpack(self._filled(PREFIX.size))
+            if length >= header.num_bytes or name_at(place) not in self._codecs:
+                raise PeerError(f"A frame's payload has {length:,} coded bytes for {header.num_bytes:,}.")
+            memory = np.empty(length, np.uint8)
+        else:
+            memory = self._pool.take(header.num_bytes)
+        for begin in range(0, memory.nbytes, SLICE_BYTES):
+            part = memory[begin : begin + SLICE_BYTES].data
             self._wire.fill(part)
             if digest is not None:
                 digest.update(part)
-        self.counters.bytes_received += header.num_bytes
+        self.counters.bytes_received += memory.nbytes
         if digest is not None and self._filled(DIGEST_BYTES) != digest.digest():
             raise PeerError("A frame's payload was damaged on the way: its digest differs.")
+        if header.flags & CODED:
+            coded, memory = memory, self._pool.take(header.num_bytes)
+            decode(name_at(place), coded, memory)
         return memory
 
     @contextlib.contextmanager

@@ -13,13 +13,14 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 from trainfleet.net.structure import Bytes, padded
 
 SLICE_BYTES: Final = 1 << 18  # stays in a core's own cache between the copy and the digest
 MAX_PIECES: Final = 512  # of one call; Linux takes 1,024
+LEAST_BYTES: Final = 1 << 18  # what a peer has to give or take within the time of a stall
 JOIN_BYTES: Final = 1 << 14  # pieces below this are joined before they are encrypted
 EARLY_BYTES: Final = 40  # a header: what `wait` may read
 _ZEROS: Final = memoryview(bytes(64))
@@ -60,13 +61,15 @@ def open_wire(sock: socket.socket, stall_seconds: float) -> Wire:
     return PolledWire(sock, stall_seconds)
 
 
-def slices(arrays: Iterable[Bytes], num_bytes: int = SLICE_BYTES) -> Iterator[list[memoryview]]:
-    """The arrays, each padded to 64 bytes, in lists of views of `num_bytes` together (the last may be less)."""
+def slices(
+    arrays: Iterable[Bytes], num_bytes: int = SLICE_BYTES, *, padding: bool = True
+) -> Iterator[list[memoryview]]:
+    """The arrays, each padded to 64 bytes unless told otherwise, in lists of views; `num_bytes` together, or less."""
     pieces: list[memoryview] = []
     room = num_bytes
     for array in arrays:
-        padding = padded(array.nbytes) - array.nbytes
-        for view in (array.data, _ZEROS[:padding]) if padding else (array.data,):
+        zeros = padded(array.nbytes) - array.nbytes if padding else 0
+        for view in (array.data, _ZEROS[:zeros]) if zeros else (array.data,):
             begin, size = 0, view.nbytes
             while begin < size:
                 piece = view[begin : begin + room]
@@ -99,33 +102,37 @@ class BlockingWire:
 
     def send(self, pieces: Sequence[memoryview]) -> None:
         left = sum(piece.nbytes for piece in pieces)
-        since = time.monotonic()
         while True:
+            began = time.monotonic()
             try:
                 sent = self._sock.sendmsg(pieces)
             except BlockingIOError:
-                sent = 0
+                raise Stalled from None
             left -= sent
             if not left:
                 return
-            if time.monotonic() - since >= self._stall:
-                raise Stalled
+            self._check_progress(sent, began)
             pieces = _rest(pieces, sent)
 
     def fill(self, view: memoryview) -> None:
-        done, since = 0, time.monotonic()
+        done, size = 0, view.nbytes
         while True:
+            began = time.monotonic()
             try:
                 got = self._sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
             except BlockingIOError:
                 raise Stalled from None
             done += got
-            if done == view.nbytes:
+            if done == size:
                 return
             if not got:
                 raise Ended
-            if time.monotonic() - since >= self._stall:
-                raise Stalled
+            self._check_progress(got, began)
+
+    def _check_progress(self, num_bytes: int, began: float) -> None:
+        """The kernel gave up waiting within a call: a link may be slow, a trickle is no link."""
+        if num_bytes < LEAST_BYTES and time.monotonic() - began >= self._stall * 0.99:
+            raise Stalled
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -146,6 +153,11 @@ class PolledWire:
         self._sock, self._stall = sock, stall_seconds
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self._lock = threading.Lock() if self.encrypted else contextlib.nullcontext()
+        self._receive: Callable[[int, memoryview], int]
+        if isinstance(sock, ssl.SSLSocket):
+            self._receive = sock.read  # type: ignore[assignment]
+        else:
+            self._receive = lambda num_bytes, view: sock.recv_into(view, num_bytes)
         self._early = b""
         sock.settimeout(0)
 
@@ -169,37 +181,46 @@ class PolledWire:
         return True
 
     def send(self, pieces: Sequence[memoryview]) -> None:
-        for view in _joined(pieces):
-            done, ends = 0, time.monotonic() + self._stall
-            while done < view.nbytes:
-                try:
-                    with self._lock:
-                        done += self._sock.send(view[done:])
-                except ssl.SSLWantReadError:
-                    self._await(False, ends)
-                except (ssl.SSLWantWriteError, BlockingIOError):
-                    self._await(True, ends)
-                except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                    raise Ended from None
+        for joined in _joined(pieces):
+            for begin in range(0, joined.nbytes, LEAST_BYTES):
+                self._send(joined[begin : begin + LEAST_BYTES])
 
-    def fill(self, view: memoryview) -> None:
-        done, size, ends = min(len(self._early), view.nbytes), view.nbytes, time.monotonic() + self._stall
-        if done:
-            view[:done], self._early = self._early[:done], self._early[done:]
+    def _send(self, view: memoryview) -> None:
+        done, size, ends = 0, view.nbytes, time.monotonic() + self._stall
         while done < size:
             try:
                 with self._lock:
-                    got = self._sock.recv_into(view[done:])
+                    done += self._sock.send(view[done:])
+            except ssl.SSLWantReadError:
+                self._await(False, ends)
+            except (ssl.SSLWantWriteError, BlockingIOError):
+                self._await(True, ends)
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                raise Ended from None
+
+    def fill(self, view: memoryview) -> None:
+        early = min(len(self._early), view.nbytes)
+        view[:early], self._early = self._early[:early], self._early[early:]
+        for begin in range(early, view.nbytes, LEAST_BYTES):
+            self._fill(view[begin : begin + LEAST_BYTES])
+
+    def _fill(self, view: memoryview) -> None:
+        done, size, ends = 0, view.nbytes, time.monotonic() + self._stall
+        receive = self._receive
+        while done < size:
+            try:
+                with self._lock:
+                    while done < size:  # a record of 16 KiB at a time
+                        got = receive(size - done, view[done:])
+                        done += got
+                        if not got:
+                            raise Ended
             except ssl.SSLWantWriteError:
                 self._await(True, ends)
             except (ssl.SSLWantReadError, BlockingIOError):
                 self._await(False, ends)
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise Ended from None
-            else:
-                if not got:
-                    raise Ended
-                done += got
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):
