@@ -129,6 +129,15 @@ def test_families_hold_or_are_refused_with_their_reason(tmp_path: Path) -> None:
     assert "6 cells compute what one process computes, 2 are refused, 0 do not hold." in table["notes"][0]
 
 
+@pytest.mark.matrix
+def test_ways_of_feeding_are_timed_beside_raw_sockets(tmp_path: Path) -> None:
+    one, two = tables("feed_throughput", tmp_path, "--no-rivals")
+    for table in (one, two):
+        assert {"raw TCP", "trainfleet, TCP", "trainfleet, one host"} <= {row[0] for row in table["rows"]}
+        assert all(float(row[1]) > 0 and float(row[5]) > 0 for row in table["rows"] if row[1] != "not installed")
+        assert "trainfleet, one host:" in table["notes"][0]
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 
