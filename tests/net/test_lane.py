@@ -115,6 +115,11 @@ def test_bits_are_flipped_as_often_as_was_said(probability):
     assert all(byte.bit_count() == 1 for byte in hit) and len(set(hit)) == 8
 
 
+def test_the_first_byte_is_hit_as_often_as_any():
+    firsts = [sent_through(Conditions(corruption=0.5), b"\0", [], seed=str(seed))[0] for seed in range(100)]
+    assert 25 < sum(first != b"\0" for first in firsts) < 75
+
+
 def test_segments_are_lost_as_often_as_was_said():
     _, lane = sent_through(Conditions(delay=ms(1), loss=0.1), bytes(SEGMENT_BYTES * 5000), [])
     assert lane.lost_segments == pytest.approx(500, rel=0.2)

@@ -213,6 +213,7 @@ def test_a_half_open_link_is_silent_and_then_resets_who_lost_bytes(echo):
             newcomer.sendall(b"three")
             with pytest.raises(TimeoutError):
                 newcomer.recv(1)
+        assert len(echo.accepted) == 2, "the target hears nothing of it"
         link.restore()
         assert answer(idle, b"four") == b"four", "it lost nothing"
         lost.sendall(b"five")
@@ -244,6 +245,17 @@ def test_a_pause_keeps_everything_for_afterwards(echo):
         assert read(sock, len(words)) == words
         assert time.monotonic() - begin > 0.15
         writer.join()
+
+
+def test_what_became_due_in_a_pause_comes_when_it_ends(echo):
+    with Link(echo.address, delay="30ms") as link, dial(link) as sock:
+        sock.sendall(b"under way")
+        await_until(lambda: link.counters.most_bytes_under_way == 9)
+        link.pause()
+        time.sleep(0.1)
+        assert link.counters.bytes_up == 0
+        link.restore()
+        assert read(sock, 9) == b"under way"
 
 
 def test_corruption_flips_the_same_bits_in_every_run(echo):

@@ -78,7 +78,6 @@ def _obstacle(host: str, port: int) -> str:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind((host, port))
-            trial.listen(1)  # two may bind with SO_REUSEADDR, and one may listen
         except OSError as exc:
             reasons = {errno.EADDRINUSE: "in use", errno.EACCES: "not permitted"}
             return reasons.get(exc.errno or 0, (exc.strerror or str(exc)).lower())
