@@ -24,7 +24,7 @@ from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.frames import Limits
 from trainfleet.net.listener import Listener
-from trainfleet.net.token import Token
+from trainfleet.net.token import Token, is_token
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,10 @@ class Feeders:
             self._accepting = threading.Thread(target=self._accept, name="trainfleet-feeders", daemon=True)
             self._accepting.start()
         for place in self._ways.feeders:
-            name = str(place.addresses[0]) if isinstance(place, Token) else str(place)[:40]
+            if isinstance(place, str) and is_token(place):
+                place = Token.parse(place)
+            # A token is a secret, and is not for the log.
+            name = " or ".join(map(str, place.addresses)) or "the relay" if isinstance(place, Token) else str(place)
             self._feeders.append(Feeder(name, functools.partial(self._call, place), self, self._ways.channel))
 
     def _call(self, place: str | Address | Token, timeout: timedelta, closing: threading.Event) -> socket.socket:
