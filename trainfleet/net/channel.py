@@ -44,7 +44,7 @@ from trainfleet.net.frames import (
 from trainfleet.net.memory import Pool
 from trainfleet.net.nearby import AVAILABLE, SHARED_FROM, Door, Lent, Nearby
 from trainfleet.net.structure import Bytes, Classes, build, padded
-from trainfleet.net.wire import SLICE_BYTES, Ended, Stalled, open_wire, slices
+from trainfleet.net.wire import Ended, Stalled, open_wire, slices
 
 OWN: Final = "."
 """Kinds that begin so are words between channels."""
@@ -296,11 +296,7 @@ class Channel:
             memory = np.empty(length, np.uint8)
         else:
             memory = self._pool.take(header.num_bytes)
-        for begin in range(0, memory.nbytes, SLICE_BYTES):
-            part = memory[begin : begin + SLICE_BYTES].data
-            self._wire.fill(part)
-            if digest is not None:
-                digest.update(part)
+        self._wire.fill(memory.data, None if digest is None else digest.update)
         self.counters.bytes_received += memory.nbytes
         if digest is not None and self._filled(DIGEST_BYTES) != digest.digest():
             raise PeerError("A frame's payload was damaged on the way: its digest differs.")

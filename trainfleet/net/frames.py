@@ -47,7 +47,7 @@ class Limits:
     max_depth: int = 32
     """Of the nesting."""
     stall: timedelta = field(default=timedelta(seconds=30))
-    """How long a peer may take for a slice (256 KiB) of a frame that has begun, before it counts as gone."""
+    """How long a peer may take to give or take 256 KiB of a frame that has begun, before it counts as gone."""
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_head_bytes", "max_arrays", "max_depth"):
