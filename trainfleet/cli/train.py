@@ -65,6 +65,15 @@ def train(
     rendezvous: str | None = typer.Option(None, "--rendezvous", help="Where hosts meet.", metavar="HOST:PORT"),
     max_restarts: int = typer.Option(0, "--max-restarts", help="New starts of all ranks after a failure.", min=0),
     resume: str | None = typer.Option(None, "--resume", help="Sets checkpoint.resume.", metavar="auto|never|must"),
+    feeders: list[str] | None = typer.Option(
+        None,
+        "--feed",
+        help="Let this host make the batches, with `trainfleet feed RECIPE`; may be given again.",
+        metavar="HOST:PORT|TOKEN",
+    ),
+    certs: Path | None = typer.Option(
+        None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe, start nothing."),
 ) -> None:
     """Train as a recipe says.
@@ -77,6 +86,12 @@ def train(
     from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=[*(overrides or []), *_resume_override(resume)]).value
+    if feeders:
+        from trainfleet.training.feed import as_fed
+
+        settings = as_fed(settings, feeders=feeders, **({"certificates": str(certs)} if certs is not None else {}))
+    elif certs is not None:
+        raise ConfigError("--certs is for --feed, which is not given.")
     make_importable(recipe.parent)
     environment = RankEnvironment.from_env()
     # With a number for this host it is the host's launcher, whatever started it: one task a node of srun, a pod.

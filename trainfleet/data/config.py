@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainfleet.data.iterable import IterableBatches
 from trainfleet.data.loader import LocalBatches
@@ -14,7 +14,12 @@ from trainfleet.errors import ConfigError
 from trainfleet.imports import load_object
 from trainfleet.plan import STRICT
 
+if TYPE_CHECKING:
+    from trainfleet.data.feed.remote import RemoteBatches
+
 OnSkip = Callable[[int, str], None]
+REMOTE = "remote"
+"""The source whose batches feeders make."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +90,9 @@ class SourceConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     source: str
-    """csv, numpy, parquet, arrow, text, images or hf, or the import path package.module:Name of a dataset."""
+    """As data.source; remote: the stream `evaluation` of the feeders."""
     args: dict[str, Any] = field(default_factory=dict)
-    """What the source is opened with, such as path."""
+    """What the source is opened with, such as path; for remote, where data.source is remote too: as there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +102,11 @@ class DataConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     source: str | None = None
-    """csv, numpy, parquet, arrow, text, images or hf, or the import path package.module:Name of a dataset."""
+    """csv, numpy, parquet, arrow, text, images or hf; the import path package.module:Name of a dataset; or remote:
+    feeders make the batches, with their own transform, collate and workers."""
     args: dict[str, Any] = field(default_factory=dict)
-    """What the source is opened with, such as path."""
+    """What the source is opened with, such as path; for remote: feeders, listen, via, certificates, identity, classes,
+    buffer_bytes, timeout (docs/feed.md)."""
     evaluation: SourceConfig | None = None
     """The source to evaluate on, never shuffled; none: no evaluation."""
     transform: str | None = None
@@ -150,7 +157,7 @@ class DataConfig:
         seed: int = 0,
         on_skip: OnSkip | None = None,
         source: Any = None,
-    ) -> LocalBatches | IterableBatches:
+    ) -> LocalBatches | IterableBatches | RemoteBatches:
         """The endless stream of a rank's micro-batches of `size`.
 
         `source` takes the place of the configured one; `seed` is that of the run, for where data.seed is none.
@@ -158,6 +165,18 @@ class DataConfig:
         if source is None:
             if self.source is None:
                 raise ConfigError("data.source is not set. Name a source (csv, text, ...) or package.module:Name.")
+            if self.source == REMOTE:
+                return self._open_remote(
+                    "training",
+                    self.args,
+                    size=size,
+                    rank=rank,
+                    world_size=world_size,
+                    seed=seed if self.seed is None else self.seed,
+                    shuffle=self.shuffle,
+                    short=self.short,
+                    on_skip=on_skip,
+                )
             source = open_source(self.source, **self.args)
         return self._open(
             source,
@@ -181,7 +200,7 @@ class DataConfig:
         seed: int = 0,
         on_skip: OnSkip | None = None,
         source: Any = None,
-    ) -> LocalBatches | IterableBatches | None:
+    ) -> LocalBatches | IterableBatches | RemoteBatches | None:
         """One pass in order that leaves no sample out, to be rewound for the next; None where none is configured.
 
         It has no workers of its own: they would be idle between evaluations.
@@ -189,6 +208,19 @@ class DataConfig:
         if source is None:
             if self.evaluation is None:
                 return None
+            if self.evaluation.source == REMOTE:
+                own = self.evaluation.args
+                return self._open_remote(
+                    "evaluation",
+                    own or self.args if self.source == REMOTE else own,
+                    size=size,
+                    rank=rank,
+                    world_size=world_size,
+                    seed=seed if self.seed is None else self.seed,
+                    shuffle=False,
+                    short="keep",
+                    on_skip=on_skip,
+                )
             source = open_source(self.evaluation.source, **self.evaluation.args)
         return self._open(
             source,
@@ -203,6 +235,11 @@ class DataConfig:
             shards=None,
             epochs=1,
         )
+
+    def _open_remote(self, stream: str, args: Mapping[str, Any], **terms: Any) -> RemoteBatches:
+        from trainfleet.data.feed.config import FeedConfig
+
+        return FeedConfig.of(args).open(stream, bad=self.bad, **terms)
 
     def _open(
         self, source: Any, *, seed: int, shuffle: bool, shards: int | None, **common: Any

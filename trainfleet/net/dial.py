@@ -19,7 +19,7 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from threading import Event
 
@@ -47,11 +47,12 @@ def dial(
     timeout: timedelta,
     via: Token | None = None,
     closing: Event | None = None,
+    told: Callable[[PeerError], None] | None = None,
 ) -> socket.socket:
     """A socket to the listener at `to`, an address or a token (as text too), whose credentials go before those given.
 
     role: what we are, such as `trainer`. admits: roles the other side may have; None: any.
-    via: the token of a relay, where `to` does not name one; tried last.
+    via: the token of a relay, where `to` does not name one; tried last. told: as `wait_for` has it.
     Tries again until `timeout`, or until `closing` is set: PeerError with the last reason. NotAdmitted at once for
     wrong credentials, roles or versions; ConfigError for what would be sent in plain to another host. Nothing stays
     open then.
@@ -81,7 +82,7 @@ def dial(
         raise errors[-1]
 
     names = [str(place) for place in places] + ([f"the relay {via.addresses[0]}"] if via is not None else [])
-    return wait_for(f"the listener at {' or '.join(names)}", attempt, timeout=timeout, closing=closing)
+    return wait_for(f"the listener at {' or '.join(names)}", attempt, timeout=timeout, closing=closing, told=told)
 
 
 def peer_of(sock: socket.socket) -> Peer:

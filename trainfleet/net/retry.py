@@ -37,11 +37,13 @@ def wait_for(
     *,
     timeout: timedelta,
     closing: Event | None = None,
+    told: Callable[[PeerError], None] | None = None,
 ) -> Result:
     """What `attempt(seconds left)` returns at last. It raises PeerError for what may pass, and is called again.
 
     Says once in the log, after two seconds, what is waited for (`the feeder at cpu-0:7700`) and why. NotAdmitted is
     raised at once. At the end of `timeout`: PeerError with the last reason. `closing`, once set, ends the wait too.
+    `told` hears the reason of each try that failed, in place of the log.
     """
     begin = time.monotonic()
     ends, said, reason = begin + timeout.total_seconds(), False, None
@@ -61,8 +63,11 @@ def wait_for(
                     f"{what[:1].upper()}{what[1:]} could not be reached within {timeout.total_seconds():g} s. {reason}",
                     hint=reason.hint,
                 ) from reason
-            if not said and now - begin >= _SPEAK_SECONDS:
-                logger.info("Waiting up to %g s for %s. %s", ends - now, what, exc)
+            if told is not None:
+                told(exc)
+            elif not said and now - begin >= _SPEAK_SECONDS:
+                most = f" up to {ends - now:g} s" if timeout < timedelta(days=1) else ""
+                logger.info("Waiting%s for %s. %s", most, what, exc)
                 said = True
         if closing is None:
             time.sleep(pause)

@@ -26,6 +26,7 @@ from trainfleet.plan import Plan
 from trainfleet.store import open_store
 from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.failure import MEND, leave_report
+from trainfleet.training.feed import without_tokens
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.progress import Progress
@@ -114,7 +115,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     _refuse_schedule(recipe.plan, accumulation)
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh, closing)
-        metadata = {"recipe": to_plain(recipe)}
+        metadata = {"recipe": to_plain(without_tokens(recipe))}
         observers = [*observers_for(recipe.monitor, folder, mesh.is_main), *_told_to_the_launcher(), *given.observers]
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
@@ -233,7 +234,7 @@ def open_run_folder(recipe: Recipe, mesh: Mesh, closing: ExitStack) -> RunFolder
                 logger.info("The earlier run in %s was moved to %s.", folder.path, aside)
                 folder.create()
                 closing.callback(folder.hold().close)  # the first hold went along with the earlier run
-            folder.write_recipe(to_yaml(recipe))
+            folder.write_recipe(to_yaml(without_tokens(recipe)))
             folder.write_environment(world_size=mesh.world_size, device=mesh.device, plan=str(recipe.plan))
         except StoreError as exc:
             failure = [str(exc), exc.hint]

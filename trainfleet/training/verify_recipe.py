@@ -67,6 +67,8 @@ class _MicroBatches:
 
     def __call__(self, number: int) -> Batch:
         if self._stream is None or number < self._next:
+            if self._stream is not None:
+                self._stream.close()
             self._stream = self._recipe.data.open_training(size=self._size, seed=self._recipe.train.seed)
             self._next = 0
         while self._next < number:

@@ -44,9 +44,10 @@ class Ways:
     credentials: Credentials | None = None
     classes: dict[str, type] | None = None
     limits: Limits | None = None
+    nearby: bool = True
 
     def channel(self, sock: socket.socket) -> Channel:
-        return Channel(sock, limits=self.limits, classes=self.classes)
+        return Channel(sock, limits=self.limits, classes=self.classes, nearby=self.nearby)
 
 
 class Feeders:
@@ -66,6 +67,7 @@ class Feeders:
         self._done: dict[int, Made | Exception] = {}
         self._offers: dict[str, Offer] = {}
         self._reasons: dict[str, str] = {}  # by feeder, why it is not here
+        self._num_given_up = 0
         self._fatal: Exception | None = None
         self._starved = False  # whether the loop had to wait for its last batch
         self._closing = threading.Event()
@@ -90,13 +92,24 @@ class Feeders:
                 place = Token.parse(place)
             # A token is a secret, and is not for the log.
             name = " or ".join(map(str, place.addresses)) or "the relay" if isinstance(place, Token) else str(place)
-            self._feeders.append(Feeder(name, functools.partial(self._call, place), self, self._ways.channel))
+            self._feeders.append(Feeder(name, functools.partial(self._call, name, place), self, self._ways.channel))
 
-    def _call(self, place: str | Address | Token, timeout: timedelta, closing: threading.Event) -> socket.socket:
-        credentials = self._ways.credentials
+    def _call(
+        self, name: str, place: str | Address | Token, timeout: timedelta, closing: threading.Event
+    ) -> socket.socket:
         return dial(
-            place, credentials=credentials, role="trainer", admits=("feeder",), timeout=timeout, closing=closing
+            place,
+            credentials=self._ways.credentials,
+            role="trainer",
+            admits=("feeder",),
+            timeout=timeout,
+            closing=closing,
+            told=functools.partial(self._unreached, name),
         )
+
+    def _unreached(self, name: str, reason: PeerError) -> None:
+        with self._changed:
+            self._reasons[name] = str(reason)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -225,8 +238,9 @@ class Feeders:
             self._leases.leave(feeder)
             self._reasons[feeder.name] = str(reason)
             # One that is not admitted is no loss while there are others; what cannot be read here never can.
+            self._num_given_up += 1
             called = len(self._ways.feeders)
-            if isinstance(reason, DataError) or (self._listener is None and called <= len(self._reasons)):
+            if isinstance(reason, DataError) or (self._listener is None and called <= self._num_given_up):
                 self._fatal = self._fatal or reason
             self._changed.notify_all()
         logger.error("Feeder %s is given up: %s", feeder.name, reason)

@@ -63,6 +63,7 @@ class RemoteBatches(IndexedBatches):
     size, seed, shuffle, short, bad    as the feeder has them, unless given
     classes       dataclasses and named tuples that batches are made of
     buffer_bytes  batches that may wait here for the loop; the feeders are asked for no more
+    nearby        batches of feeders on this host come through shared memory
     timeout       how long the loop waits while no feeder is there
 
     Raises PeerError when no feeder is there in time, NotAdmitted for wrong credentials or feeders that have different
@@ -90,6 +91,7 @@ class RemoteBatches(IndexedBatches):
         as_numpy: bool = False,
         buffer_bytes: int = 1 << 29,
         limits: Limits | None = None,
+        nearby: bool = True,
         on_skip: Callable[[int, str], None] | None = None,
         timeout: timedelta = timedelta(minutes=2),
     ) -> None:
@@ -108,6 +110,7 @@ class RemoteBatches(IndexedBatches):
             credentials=credentials,
             classes=allow(*classes),
             limits=limits,
+            nearby=nearby,
         )
         crew = _Crew(ways=ways, timeout=timeout, buffer_bytes=buffer_bytes)
         pool = crew.open()

@@ -6,9 +6,10 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 from trainfleet.data.crew import Workers
 from trainfleet.data.feed.session import Session
@@ -22,12 +23,25 @@ from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.frames import Limits
 from trainfleet.net.listener import Listener
-from trainfleet.net.token import Token
+from trainfleet.net.probe import ROLE, answer_probe
+from trainfleet.net.token import Token, is_token
 
 logger = logging.getLogger(__name__)
 
 _A_WHILE = timedelta(seconds=1)
 _TRAINERS = ("trainer",)
+_GUESTS = (*_TRAINERS, ROLE)
+
+
+class Served(NamedTuple):
+    """What a service has done since it opened, and is asked for now."""
+
+    batches: int
+    num_bytes: int
+    trainers: int
+    """Connections: one a rank and stream."""
+    waiting: int
+    """Batches that are asked for and that no worker has begun."""
 
 
 class DataService:
@@ -64,9 +78,12 @@ class DataService:
         streams = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
         self.stock = Stock(streams)
         self._workers = training.crew
-        self._where, self._dials, self._via = address, list(dials), via
-        self._credentials, self._limits = credentials or Credentials(), limits or Limits()
+        self._where, self._via = address, via
+        self._dials = [Token.parse(to) if isinstance(to, str) and is_token(to) else to for to in dials]
+        self.credentials, self._limits = credentials or Credentials(), limits or Limits()
         self._sessions: dict[Session, str] = {}
+        self._probes: set[socket.socket] = set()
+        self._done_batches = self._done_bytes = 0  # of trainers that have gone
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -82,7 +99,8 @@ class DataService:
 
     def open(self) -> DataService:
         assert isinstance(self._workers, Workers)
-        words = {name: offer.to_plain() for name, offer in self.stock.offers().items()}
+        self.offers = self.stock.offers()
+        words = {name: offer.to_plain() for name, offer in self.offers.items()}
         self._words = {"streams": words, "host": socket.gethostname(), "workers": self._workers.workers}
         crew = Workers(
             maker=self.stock,
@@ -98,7 +116,7 @@ class DataService:
             self._opened.callback(self._workshop.close)
             if self._where is not None or self._via is not None:
                 self.listener = self._opened.enter_context(
-                    Listener(self._where, credentials=self._credentials, role="feeder", admits=_TRAINERS, via=self._via)
+                    Listener(self._where, credentials=self.credentials, role="feeder", admits=_GUESTS, via=self._via)
                 )
                 self._start(self._accept)
             for place in self._dials:
@@ -117,11 +135,20 @@ class DataService:
         self._closing.set()
         with self._lock:
             sessions = list(self._sessions)
+            for probe in self._probes:
+                with suppress(OSError):
+                    socket.socket.shutdown(probe, socket.SHUT_RDWR)  # below TLS, which its own thread reads
         for session in sessions:
             session.close()
         self._opened.close()
         for thread in self._threads:
             thread.join(30)
+
+    def token(self, addresses: Sequence[str | Address] = ()) -> Token:
+        """What a trainer needs to come in; `addresses`: as it calls this host."""
+        if self.listener is None:
+            raise ConfigError("This data service does not listen: it is not open, or only connects to trainers.")
+        return self.listener.token(addresses)
 
     def __enter__(self) -> DataService:
         return self
@@ -134,6 +161,17 @@ class DataService:
         """The addresses of those who are connected."""
         with self._lock:
             return list(self._sessions.values())
+
+    @property
+    def served(self) -> Served:
+        with self._lock:
+            sessions = list(self._sessions)
+            return Served(
+                batches=self._done_batches + sum(session.num_units for session in sessions),
+                num_bytes=self._done_bytes + sum(session.num_bytes for session in sessions),
+                trainers=len(sessions),
+                waiting=self._workshop.waiting,
+            )
 
     @property
     def worker_pids(self) -> list[int]:
@@ -154,7 +192,18 @@ class DataService:
                 continue
             except PeerError:
                 return  # closed
-            self._start(self._feed, sock)
+            self._start(self._answer_probe if peer_of(sock).role == ROLE else self._feed, sock)
+
+    def _answer_probe(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._probes.add(sock)
+        try:
+            if not self._closing.is_set():
+                answer_probe(sock)
+        finally:
+            with self._lock:
+                self._probes.discard(sock)
+            sock.close()
 
     def _dial(self, place: str | Address | Token) -> None:
         """Be there for a trainer that listens: connect, and when it has gone, wait for it again."""
@@ -162,7 +211,7 @@ class DataService:
             try:
                 sock = dial(
                     place,
-                    credentials=None if isinstance(place, Token) else self._credentials,
+                    credentials=None if isinstance(place, Token) else self.credentials,
                     role="feeder",
                     admits=_TRAINERS,
                     timeout=timedelta(days=365),
@@ -198,3 +247,5 @@ class DataService:
         finally:
             with self._lock:
                 self._sessions.pop(session, None)
+                self._done_batches += session.num_units
+                self._done_bytes += session.num_bytes

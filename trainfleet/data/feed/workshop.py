@@ -74,6 +74,12 @@ class Workshop:
                 self._begun[number].answer = _nobody
 
     @property
+    def waiting(self) -> int:
+        """Units that no worker has begun."""
+        with self._lock:
+            return sum(len(queue) for queue in self._waiting.values())
+
+    @property
     def pids(self) -> list[int]:
         pool = self._pool
         return pool.pids if pool is not None else []
