@@ -150,3 +150,7 @@ def test_files_that_are_missing_or_do_not_belong_together_are_named(tmp_path):
 
 def test_an_error_that_says_nothing_of_credentials_is_no_refusal():
     assert refusal(ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), "cpu-0:7700") is None
+    for reason in ("SSLV3_ALERT_BAD_RECORD_MAC", "TLSV1_ALERT_DECODE_ERROR", "SSLV3_ALERT_ILLEGAL_PARAMETER"):
+        error = ssl.SSLError(1, reason)
+        error.reason = reason
+        assert refusal(error, "cpu-0:7700") is None, "what a flipped bit leads to"

@@ -200,7 +200,8 @@ def refusal(exc: ssl.SSLError, address: str) -> NotAdmitted | None:
         )
     if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason or "NO_PROTOCOLS" in reason:
         return NotAdmitted(f"What is at {address} speaks an older TLS than 1.3, which is the least we take.")
-    if "ALERT" in reason or "CERTIFICATE" in reason:
+    # Other alerts say that bytes were not those that were sent: that a link was bad, and another try may do.
+    if any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "HANDSHAKE_FAILURE")):
         return NotAdmitted(
             f"What is at {address} refuses our certificate: {_reason(exc)}.",
             hint="It wants one that its CA has signed and that is within its dates.",
