@@ -37,8 +37,9 @@ class Outcome:
     """Each fault, and the seconds from it to the next step."""
     steps: int = 0
     lost: int = 0
-    """Samples that the plain run used in a step and this one did not, over all steps that its weights are made of."""
+    """Uses of samples that are missing: each is used once an epoch, over the steps that the weights are made of."""
     doubled: int = 0
+    """Uses beyond that."""
     same_order: bool = False
     same_weights: bool = False
     seconds: float = 0.0
@@ -190,10 +191,10 @@ def _compare(outcome: Outcome, plain: Path, faulty: Path, steps: int) -> None:
 
     wanted, used = _used(plain), _used(faulty)
     outcome.steps = len(used)
-    for step in range(1, steps + 1):
-        ours, theirs = Counter(used.get(step, [])), Counter(wanted[step])
-        outcome.lost += (theirs - ours).total()
-        outcome.doubled += (ours - theirs).total()
+    uses = Counter(index for indices in used.values() for index in indices)
+    least, rest = divmod(steps * parts.SIZE, parts.SAMPLES)
+    outcome.lost = sum(max(0, least - uses[index]) for index in range(parts.SAMPLES))
+    outcome.doubled = sum(max(0, uses[index] - least - (rest > 0)) for index in range(parts.SAMPLES))
     outcome.same_order = used == wanted
     one, other = (torch.load(place / "weights.pt", weights_only=True) for place in (plain, faulty))
     outcome.same_weights = all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()

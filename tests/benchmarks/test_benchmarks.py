@@ -155,3 +155,12 @@ def test_the_interval_of_a_median_holds_it_and_is_always_the_same() -> None:
     low, high = interval(values)
     assert 0.9 <= low < 1.025 < high <= 3.0
     assert interval(values) == (low, high)
+
+
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_the_feed_loses_nothing_where_a_socket_peer_does(tmp_path: Path) -> None:
+    lost, soon = tables("feed_faults", tmp_path)
+    rows = {row[0]: row[3:] for row in lost["rows"]}
+    assert rows["trainfleet"] == ["0", "0", "yes"] and rows["DataLoader over a socket"][2] == "no"
+    assert {row[1] for row in soon["rows"] if row[0] == "trainfleet"} >= {"feeder", "trainer", "relay", "half open"}
