@@ -186,7 +186,7 @@ def test_a_peer_that_leaves_is_named(raw_and_channel):
 
 def test_a_peer_that_does_not_read_is_named(raw_and_channel):
     _, channel = raw_and_channel
-    with pytest.raises(PeerError, match=r"(was sent a frame and stopped in the middle of it for 0\.3 s|is gone: Connection timed out)"):
+    with pytest.raises(PeerError, match=r"stopped in the middle of it for 0\.3 s|Connection timed out"):
         for _ in range(10):
             channel.send("b", {}, np.ones(1 << 20))
 

@@ -30,6 +30,7 @@ VERSION: Final = 1
 HEADER: Final = struct.Struct("<4sBBHIIQ8s8s")
 DIGEST_BYTES: Final = 16
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
 DIGEST, SHARED, CODED = 1, 2, 4
 """Flags: a digest follows the payload; the payload lies in shared memory; it went through a codec."""
 
@@ -108,7 +109,7 @@ def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits) -> O
     """A message ready to be written; DataError for what cannot travel or is beyond our own limits."""
     tree, arrays = flatten(body, max_depth=limits.max_depth)
     try:
-        text = json.dumps({"k": kind, "h": head or {}, "s": tree}, separators=(",", ":")).encode()
+        text = _json({"k": kind, "h": head or {}, "s": tree}).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise DataError(f"The head of a message {kind!r} cannot be written as JSON: {exc}.") from exc
     num_bytes = sum(padded(array.nbytes) for array in arrays)

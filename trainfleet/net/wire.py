@@ -19,9 +19,9 @@ from typing import Final, Protocol, TypeAlias
 from trainfleet.net.structure import Bytes, padded
 
 SLICE_BYTES: Final = 1 << 20  # stays in a core's own cache between the copy and the digest
-LOW_WATER: Final = 1 << 19
-"""A reader of a payload is woken for so much at once. To be woken for each segment cost both ends a third more of
-their processors and a third of the rate (1 MiB slices, loopback, 2 cores; benchmarks/feed_throughput.py)."""
+LOW_WATER: Final = 1 << 20
+"""A reader of a payload is woken for so much at once, or for its end. To be woken for each segment cost both ends
+a third more of their processors, and a third of the rate (loopback, 2 cores; benchmarks/feed_throughput.py)."""
 LEAST_LOW_WATER: Final = 1 << 16
 MAX_PIECES: Final = 512  # of one call; Linux takes 1,024
 LEAST_BYTES: Final = 1 << 18  # what a peer has to give or take within the time of a stall
@@ -122,34 +122,31 @@ class BlockingWire:
             pieces = _rest(pieces, sent)
 
     def fill(self, view: memoryview, each: Each | None = None) -> None:
-        """The first part by large pieces, the rest at once.
-
-        Within a call the kernel does not lower its mark by what the call has got already, so it may be at most half of
-        what is still to come: else the end of a payload could lie there and wake nobody.
-        """
+        """What is short by one call that waits for all; a payload by waits for the low water, and calls without."""
         done, size = 0, view.nbytes
-        low = min(LOW_WATER, size // 2)
-        if low >= LEAST_LOW_WATER:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
-            while size - done >= 2 * low:
-                done += self._some(view[done : done + max(SLICE_BYTES, 2 * low)], 0, each)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        waits_for_all = size < LEAST_LOW_WATER
+        low = 1
         while done < size:
-            done += self._some(view[done:], socket.MSG_WAITALL, each)
-
-    def _some(self, view: memoryview, flags: int, each: Each | None) -> int:
-        began = time.monotonic()
-        try:
-            got = self._sock.recv_into(view, 0, flags)
-        except BlockingIOError:
-            raise Stalled from None
-        if not got:
-            raise Ended
-        if got < view.nbytes:
-            self._check_progress(got, began)
-        if each is not None:
-            each(view[:got])
-        return got
+            began = time.monotonic()
+            if not waits_for_all:
+                if min(LOW_WATER, size - done) != low:
+                    low = min(LOW_WATER, size - done)
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+                self._readable.poll(self._stall * 1000)
+            flags = socket.MSG_WAITALL if waits_for_all else socket.MSG_DONTWAIT
+            try:
+                got = self._sock.recv_into(view[done : done + SLICE_BYTES], 0, flags)
+            except BlockingIOError:
+                raise Stalled from None
+            if not got:
+                raise Ended
+            if done + got < size:
+                self._check_progress(got, began)
+            if each is not None:
+                each(view[done : done + got])
+            done += got
+        if low != 1:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _check_progress(self, num_bytes: int, began: float) -> None:
         """The kernel gave up waiting within a call: a link may be slow, a trickle is no link."""
