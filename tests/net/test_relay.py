@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import socket
 import ssl
 import threading
@@ -303,3 +304,64 @@ def test_limits_that_allow_nothing_are_refused():
         Limits(pairs=0)
     with pytest.raises(ConfigError, match="bytes_per_second is 0"):
         Limits(bytes_per_second=0)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seed", range(3))
+def test_guests_that_come_go_and_are_reset_while_the_relay_dies_twice_leave_nothing(own, made, seed):
+    """Eight diallers at once, each connection ended in one of four ways; what arrives is what was sent."""
+    chance, wrong, ended = random.Random(seed), [], threading.Event()
+    relay = Relay("127.0.0.1:0", credentials=own)
+    place = relay.address
+
+    def echo(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            sock.settimeout(20)
+            while chunk := sock.recv(1 << 16):
+                sock.sendall(chunk)
+
+    def call(seed: int) -> None:
+        chance = random.Random(seed)
+        while not ended.is_set():
+            try:
+                sock = dial(token, role="trainer", timeout=timedelta(seconds=20), closing=ended)
+            except NotAdmitted as exc:
+                wrong.append(str(exc))
+                return
+            except PeerError:
+                continue
+            with sock, suppress(OSError):
+                sock.settimeout(20)
+                for _ in range(chance.randint(0, 4)):
+                    sent = chance.randbytes(chance.randint(1, 100_000))
+                    sock.sendall(sent)  # one thread: OpenSSL mixes up what two do at once
+                    got = b""
+                    while len(got) < len(sent) and (chunk := sock.recv(1 << 16)):
+                        got += chunk
+                    if not sent.startswith(got):
+                        wrong.append("other bytes")
+                if chance.random() < 0.3:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    with Listener(None, credentials=made, role="feeder", via=relay.token()) as listener:
+        token = listener.token()
+        callers = [threading.Thread(target=call, args=(100 * seed + number,)) for number in range(8)]
+        for thread in callers:
+            thread.start()
+        echoes, ends, count = [], time.monotonic() + 6, 0
+        deaths = [time.monotonic() + chance.uniform(1, 2), time.monotonic() + chance.uniform(3, 4)]
+        while time.monotonic() < ends:
+            with suppress(TimeoutError):
+                echoes.append(threading.Thread(target=echo, args=(listener.accept(timedelta(seconds=0.2)),)))
+                echoes[-1].start()
+                count += 1
+            if deaths and time.monotonic() > deaths[0]:
+                deaths.pop(0)
+                relay.close()
+                relay = Relay(place, credentials=own)
+        ended.set()
+        relay.close()
+        for thread in callers + echoes:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert count > 20 and wrong == []

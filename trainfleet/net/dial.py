@@ -9,7 +9,8 @@
     peer_of(sock) -> Peer                                            # role, version, address, proved
 
 What comes back is blocking, without a timeout: an ssl.SSLSocket where the credentials say TLS, and plain otherwise,
-which only loopback may be.
+which only loopback may be. OpenSSL's connections are not for two threads at once, and mix up bytes if they are: give
+the socket to a Channel (channel.py), or keep it to one thread.
 """
 
 from __future__ import annotations
