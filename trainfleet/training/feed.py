@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from trainfleet.comm.group import Group
 from trainfleet.data import LocalBatches, SourceConfig
 from trainfleet.data.config import REMOTE
-from trainfleet.data.feed import DataService
+from trainfleet.data.feed import DataService, RemoteBatches
 from trainfleet.data.feed.config import NOT_KEPT
-from trainfleet.errors import ConfigError
+from trainfleet.errors import ConfigError, DataError
 from trainfleet.net.token import is_token
 from trainfleet.training.recipe import Recipe
 
@@ -61,6 +62,22 @@ def without_tokens(recipe: Recipe) -> Recipe:
     if evaluation is not None and evaluation.source == REMOTE:
         data = replace(data, evaluation=replace(evaluation, args=_masked(evaluation.args)))
     return replace(recipe, data=data)
+
+
+def refuse_unlike_feeders(world: Group, *streams: Any) -> None:
+    """DataError on all ranks where the feeders that theirs began with do not have the same samples.
+
+    Each stream of a rank takes the first feeder that answers for the measure of the others.
+    """
+    ours = [stream.digests for stream in streams if isinstance(stream, RemoteBatches)]
+    told = world.exchange(ours)
+    first = next((digests for rank in told for digests in rank), None)
+    for rank, theirs in enumerate(told):
+        if any(digests != first for digests in theirs):
+            raise DataError(
+                f"The feeders of rank {rank} make other samples than those of rank 0, or than each other.",
+                hint="Give all feeders the same recipe, data and code; their log names what differs.",
+            )
 
 
 def _masked(value: Any) -> Any:

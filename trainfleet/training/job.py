@@ -26,7 +26,7 @@ from trainfleet.plan import Plan
 from trainfleet.store import open_store
 from trainfleet.training.deepspeed_file import with_deepspeed_file
 from trainfleet.training.failure import MEND, leave_report
-from trainfleet.training.feed import without_tokens
+from trainfleet.training.feed import refuse_unlike_feeders, without_tokens
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.progress import Progress
@@ -138,6 +138,8 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             source=given.source,
         )
         closing.callback(_close, batches)
+        held_out = _open_evaluation(recipe, mesh, micro, given, closing)
+        refuse_unlike_feeders(mesh.world, batches, held_out)
         checkpointer = _open_checkpointer(recipe, folder, mesh) if recipe.checkpoint.every else None
         if checkpointer is not None:
             closing.push(_Closing(checkpointer))
@@ -150,7 +152,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             config=recipe.train,
             accumulation=accumulation,
             schedule=recipe.schedule,
-            evaluation=_evaluation(recipe, mesh, micro, given, closing),
+            evaluation=_passes(recipe, held_out) if held_out is not None else None,
             checkpointer=checkpointer,
             save_every=recipe.checkpoint.every,
             observers=observers,
@@ -301,9 +303,7 @@ def _load_weights(recipe: Recipe, path: str, trainer: Trainer) -> None:
         raise CheckpointError(f"model.init_from is {path!r}: {error}", hint=error.hint) from error
 
 
-def _evaluation(
-    recipe: Recipe, mesh: Mesh, micro: int, given: Given, closing: ExitStack
-) -> Callable[[], Iterable[Batch]] | None:
+def _open_evaluation(recipe: Recipe, mesh: Mesh, micro: int, given: Given, closing: ExitStack) -> Any:
     batches = recipe.data.open_evaluation(
         size=micro,
         rank=mesh.data_axes.rank,
@@ -311,9 +311,12 @@ def _evaluation(
         seed=recipe.train.seed,
         source=given.evaluation_source,
     )
-    if batches is None:
-        return None
-    closing.callback(_close, batches)
+    if batches is not None:
+        closing.callback(_close, batches)
+    return batches
+
+
+def _passes(recipe: Recipe, batches: Any) -> Callable[[], Iterable[Batch]]:
     limit = recipe.train.evaluate_batches or math.inf
 
     def one_pass() -> Iterable[Batch]:

@@ -136,6 +136,11 @@ class Feeders:
         return self._offers[stream]
 
     @property
+    def offers(self) -> dict[str, Offer]:
+        """What the first feeder offered, and every other since."""
+        return dict(self._offers)
+
+    @property
     def address(self) -> Address | None:
         """Where feeders may connect to, with the port that was chosen; None if they are called."""
         return self._listener.address if self._listener is not None else None

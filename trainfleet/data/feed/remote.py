@@ -153,6 +153,11 @@ class RemoteBatches(IndexedBatches):
         assert self._remote.pool is not None
         return self._remote.pool
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """By stream, of what the feeders' samples are."""
+        return {name: offer.digest for name, offer in self.feeders.offers.items()}
+
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         super().load_state_dict(state)
         assert self._remote.terms is not None

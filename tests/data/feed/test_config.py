@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from data.feed.made import Numbers, jitter, local, same
+from left_behind import nothing_left_behind
+
+from trainfleet.data.config import DataConfig, SourceConfig
+from trainfleet.data.feed import DataService
+from trainfleet.data.feed.config import FeedConfig
+from trainfleet.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({}, "names no feeders"),
+        ({"feeders": ["(token)"]}, "not kept with a run"),
+        ({"feeder": ["a:1"]}, "feeder"),
+        ({"feeders": ["a:1"], "timeout": "soon"}, "timeout is 'soon'"),
+        ({"listen": "0.0.0.0:7700"}, "there are no credentials"),
+    ],
+)
+def test_what_names_no_feeders_is_refused(args, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        FeedConfig.of(args)
+
+
+def test_one_feeder_needs_no_list_and_seconds_no_unit():
+    config = FeedConfig.of({"feeders": "cpu-0:7700", "timeout": 5})
+    assert config.feeders == ("cpu-0:7700",) and config.timeout == timedelta(seconds=5)
+
+
+def test_a_configured_stream_is_that_of_local_batches():
+    held_out = local(Numbers(21), size=4, shuffle=False, short="keep", epochs=1)
+    service = DataService(local(workers=0), evaluation=held_out, address="127.0.0.1:0")
+    with nothing_left_behind(), service.open():
+        args = {"feeders": [str(service.address)]}
+        config = DataConfig(source="remote", args=args, evaluation=SourceConfig(source="remote"), seed=5)
+        with (
+            config.open_training(size=6, rank=1, world_size=2, seed=9) as training,
+            config.open_evaluation(size=6) as evaluation,
+        ):
+            assert (training.size, training.seed, training.num_samples) == (6, 5, 100)
+            expected = local(size=6, rank=1, world_size=2, seed=5)
+            for _ in range(20):
+                batch = {name: value.numpy() for name, value in next(training).items()}
+                assert same(batch, next(expected))
+            assert [len(batch["i"]) for batch in evaluation] == [6, 6, 6, 3]
+
+
+def test_ranks_of_a_host_listen_at_ports_of_their_own(monkeypatch):
+    config = FeedConfig(listen="127.0.0.1:7700")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert [str(config._listen(stream)) for stream in ("training", "evaluation")] == [
+        "127.0.0.1:7701",
+        "127.0.0.1:7703",
+    ]
+
+
+def test_feeders_come_to_a_trainer_that_listens(tmp_path):
+    from trainfleet.net.listener import Listener
+
+    with Listener("127.0.0.1:0", role="trainer") as free:
+        port = free.address.port
+    service = DataService(local(transform=jitter), address=None, dials=[f"127.0.0.1:{port}"])
+    with nothing_left_behind(), service.open(), FeedConfig(listen=f"127.0.0.1:{port}").open("training", size=8) as fed:
+        assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
