@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,60 +13,17 @@ import pytest
 pytest.importorskip("torch", reason="two hosts need torch")
 
 from killed_run import STEPS, await_step, losses, ranks_of, same, states_at, write_job
+from namespaces import Hosts, two_hosts
 
 pytestmark = pytest.mark.cluster
 
 PORT = 29611
 
 
-class Hosts:
-    """Two namespaces with the addresses 10.213.7.1 and 10.213.7.2; neither sees the other's loopback."""
-
-    addresses = ("10.213.7.1", "10.213.7.2")
-
-    def __init__(self) -> None:
-        self.names = tuple(f"fleet{os.getpid()}{side}" for side in "ab")
-        cables = tuple(f"fl{os.getpid() % 10**8}{side}" for side in "ab")
-        for name in self.names:
-            ip("netns", "add", name)
-        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
-        for name, cable, address in zip(self.names, cables, self.addresses, strict=True):
-            ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
-            ip("-n", name, "link", "set", cable, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-
-    def start(self, host: int, command: list[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.names[host], *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"},
-        )
-
-    def close(self) -> None:
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    if shutil.which("ip") is None:
-        pytest.skip("two hosts need the program `ip` (iproute2)")
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    made = None
-    try:
-        made = Hosts()
-    except subprocess.CalledProcessError as exc:
-        pytest.skip(f"this kernel makes no network namespaces: {exc.stderr!r}")
-    yield made
-    made.close()
+    with two_hosts() as made:
+        yield made
 
 
 RANK = """
