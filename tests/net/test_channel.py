@@ -262,7 +262,7 @@ def test_no_memory_is_got_beyond_the_limit():
     asked: list[int] = []
     raw, other = sockets()
     with raw, Channel(other, limits=QUICK, allocate=lambda n: asked.append(n) or bytearray(n)) as channel:
-        raw.sendall(hello() + forged(b'{"k":"b","h":{},"s":["a","|u1",[1099511627776]]}', b"", num_bytes=1 << 40))
+        raw.sendall(hello() + forged(b'{"k":"b","h":{}}\n["a","|u1",[1099511627776]]', b"", num_bytes=1 << 40))
         with pytest.raises(PeerError, match="announces arrays of 1,099,511,627,776 bytes, and the limit is 16,777,216"):
             channel.recv(5)
     assert asked == []
@@ -286,7 +286,7 @@ def test_over_a_slow_link_payloads_are_made_smaller():
 
 def test_a_coded_payload_that_lies_about_its_length_is_refused(raw_and_channel):
     raw, channel = raw_and_channel
-    raw.sendall(forged(b'{"k":"b","h":{},"s":["a","|u1",[64]]}', PREFIX.pack(0, 1 << 50), num_bytes=64, flags=5))
+    raw.sendall(forged(b'{"k":"b","h":{}}\n["a","|u1",[64]]', PREFIX.pack(0, 1 << 50), num_bytes=64, flags=5))
     with pytest.raises(PeerError, match="coded bytes for 64"):
         channel.recv(5)
 
@@ -318,7 +318,7 @@ def test_first_words_that_make_no_sense_leave_the_connection_as_it_is(words):
 
 def test_a_frame_in_shared_memory_that_nobody_offered_is_refused(raw_and_channel):
     raw, channel = raw_and_channel
-    raw.sendall(forged(b'{"k":"b","h":{},"s":["a","|u1",[64]]}', b"", num_bytes=64, flags=2))
+    raw.sendall(forged(b'{"k":"b","h":{}}\n["a","|u1",[64]]', b"", num_bytes=64, flags=2))
     with pytest.raises(PeerError, match="there is none between us"):
         channel.recv(5)
 
@@ -335,6 +335,6 @@ def test_what_was_sent_before_a_close_arrives(ends):
 
 def test_a_payload_without_digest_is_refused_over_plain_tcp(raw_and_channel):
     raw, channel = raw_and_channel
-    raw.sendall(forged(b'{"k":"b","h":{},"s":["a","|u1",[64]]}', bytes(64), num_bytes=64, flags=0))
+    raw.sendall(forged(b'{"k":"b","h":{}}\n["a","|u1",[64]]', bytes(64), num_bytes=64, flags=0))
     with pytest.raises(PeerError, match="has no digest"):
         channel.recv(5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_digest
 
 from trainfleet.errors import ConfigError, DataError, NotAdmitted, PeerError
-from trainfleet.net.frames import DIGEST, HEADER, Limits, pack, read_head, read_header
+from trainfleet.net.frames import DIGEST, HEADER, MAX_KNOWN, Limits, pack, read_head, read_header
 
 LIMITS = Limits(max_bytes=10_000, max_head_bytes=1000, max_arrays=4)
 
@@ -21,6 +21,24 @@ def header(head: bytes = b"{}", *, version: int = 1, flags: int = 0, arrays: int
     """As a sender may write it who knows the digests."""
     facts = struct.pack("<4sBBHIIQ8s", b"TFfr", version, flags, 0, len(head), arrays, num_bytes, xxh3_64_digest(head))
     return facts + xxh3_64_digest(facts)
+
+
+def head_of(tree: object) -> bytes:
+    return b'{"k":"x","h":{}}\n' + json.dumps(tree).encode()
+
+
+def test_a_structure_that_is_known_is_checked_by_header_and_digest_alone():
+    out = pack("batch", {"epoch": 3}, {"x": np.ones((2, 3))}, LIMITS)
+    facts, known = read_header(out.header(DIGEST), LIMITS), {}
+    first, again = (read_head(facts, out.head, LIMITS, {}, known) for _ in range(2))
+    assert first == again and len(known) == 1
+    other = read_header(header(out.head, arrays=1, num_bytes=128), LIMITS)
+    with pytest.raises(PeerError, match="announces 128 bytes, and its arrays take 64"):
+        read_head(other, out.head, LIMITS, {}, known)
+    for n in range(100):
+        body = pack("b", {}, n, LIMITS)
+        read_head(read_header(body.header(0), LIMITS), body.head, LIMITS, {}, known)
+    assert len(known) <= MAX_KNOWN
 
 
 def test_a_message_is_what_was_packed():
@@ -56,15 +74,14 @@ def test_garbage_is_no_header(data):
 )
 @settings(max_examples=300, deadline=None)
 def test_a_head_of_any_json_is_read_or_refused(tree):
-    for whole in (tree, {"k": "x", "h": {}, "s": tree}):
-        head = json.dumps(whole).encode()[:1000]
+    for head in (json.dumps(tree).encode()[:1000], head_of(tree)[:1000]):
         facts = read_header(header(head, arrays=4, num_bytes=640), LIMITS)
         with contextlib.suppress(PeerError, DataError):
             assert read_head(facts, head, LIMITS, {}).num_bytes == 640
 
 
 @pytest.mark.parametrize(
-    "head", [b"[" * 1000, b"\xff", b"", b"9" * 999, b'{"k":1,"h":{},"s":1}', b'{"k":"","h":3,"s":1}', b"null"]
+    "head", [b"[" * 1000, b"\xff", b"", b"9" * 999, b'{"k":1,"h":{}}\n1', b'{"k":"","h":3}\n1', b"null"]
 )
 def test_heads_that_cannot_be_are_refused(head):
     with pytest.raises(PeerError, match="A frame has a head"):
@@ -72,9 +89,9 @@ def test_heads_that_cannot_be_are_refused(head):
 
 
 def test_a_damaged_head_is_found():
-    facts = read_header(header(b'{"k":"a","h":{},"s":1}'), LIMITS)
+    facts = read_header(header(b'{"k":"a","h":{}}\n1'), LIMITS)
     with pytest.raises(PeerError, match="head was damaged"):
-        read_head(facts, b'{"k":"b","h":{},"s":1}', LIMITS, {})
+        read_head(facts, b'{"k":"b","h":{}}\n1', LIMITS, {})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +117,7 @@ def test_another_version_is_not_admitted():
     ("arrays", "num_bytes", "words"), [(0, 64, "more than 0 arrays"), (1, 0, "more than 0 bytes"), (1, 128, "take 64")]
 )
 def test_a_header_that_does_not_fit_its_head_is_refused(arrays, num_bytes, words):
-    head = json.dumps({"k": "x", "h": {}, "s": ["a", "<f4", [3]]}).encode()
+    head = head_of(["a", "<f4", [3]])
     with pytest.raises(PeerError, match=words):
         read_head(read_header(header(head, arrays=arrays, num_bytes=num_bytes), LIMITS), head, LIMITS, {})
 

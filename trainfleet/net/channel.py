@@ -35,6 +35,7 @@ from trainfleet.net.frames import (
     SHARED,
     Header,
     Incoming,
+    Known,
     Limits,
     Outgoing,
     pack,
@@ -103,6 +104,7 @@ class Channel:
         self._allocate, self._pool = allocate, Pool(allocate)
         self._send_lock, self._recv_lock = threading.Lock(), threading.Lock()
         self._fault: str | None = None
+        self._known: Known = {}
         self._greeted = False
         self._door = Door(sock) if nearby and AVAILABLE and sock.family in (socket.AF_INET, socket.AF_INET6) else None
         self._nearby: Nearby | None = None
@@ -263,7 +265,7 @@ class Channel:
 
     def _read(self) -> tuple[Incoming, Bytes, bool]:
         header = read_header(self._filled(HEADER.size), self._limits)
-        head = read_head(header, self._filled(header.head_bytes), self._limits, self._classes)
+        head = read_head(header, self._filled(header.head_bytes), self._limits, self._classes, self._known)
         if header.flags & SHARED:
             if self._nearby is None:
                 raise PeerError("A frame lies in shared memory, and there is none between us.")

@@ -2,7 +2,7 @@
 
     magic   version  flags  buffer  head  arrays  payload  digest of head  digest of all before
     4s      u8       u8     u16     u32   u32     u64      8s              8s
-    head    {"k": kind, "h": head, "s": the body's structure (net/structure.py)}
+    head    {"k": kind, "h": head}, a line feed, and the body's structure as JSON (net/structure.py)
     payload the arrays, each at a multiple of 64 bytes
     digest  XXH3-128 of the payload, where the flag says so
 
@@ -18,7 +18,7 @@ import json
 import struct
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from xxhash import xxh3_64_digest
 
@@ -109,7 +109,7 @@ def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits) -> O
     """A message ready to be written; DataError for what cannot travel or is beyond our own limits."""
     tree, arrays = flatten(body, max_depth=limits.max_depth)
     try:
-        text = _json({"k": kind, "h": head or {}, "s": tree}).encode()
+        text = f"{_json({'k': kind, 'h': head or {}})}\n{_json(tree)}".encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise DataError(f"The head of a message {kind!r} cannot be written as JSON: {exc}.") from exc
     num_bytes = sum(padded(array.nbytes) for array in arrays)
@@ -155,13 +155,26 @@ def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
     return Header(flags, buffer, head_bytes, num_arrays, num_bytes, head_digest)
 
 
-def read_head(header: Header, data: bytes | bytearray | memoryview, limits: Limits, classes: Classes) -> Incoming:
-    """The head of a frame, checked against its header. Raises PeerError for what cannot be."""
+Known: TypeAlias = dict[tuple[bytes, int, int], Any]
+"""Structures that have passed: batches of one stream are nearly always alike, and need not be surveyed again."""
+MAX_KNOWN: Final = 16
+KNOWN_BYTES: Final = 1 << 12
+
+
+def read_head(
+    header: Header, data: bytes | bytearray | memoryview, limits: Limits, classes: Classes, known: Known | None = None
+) -> Incoming:
+    """The head of a frame, checked against its header; `known` is kept by the caller. PeerError for what cannot be."""
     if xxh3_64_digest(data) != header.head_digest:
         raise PeerError("A frame's head was damaged on the way: its digest differs.")
     try:
-        whole = json.loads(bytes(data))
-        kind, head, tree = whole["k"], whole["h"], whole["s"]
+        first, _, structure = bytes(data).partition(b"\n")
+        whole = json.loads(first)
+        kind, head = whole["k"], whole["h"]
+        key = (structure, header.num_arrays, header.num_bytes)
+        if known is not None and key in known and type(kind) is str and type(head) is dict:
+            return Incoming(kind, head, known[key], header.num_bytes, None)
+        tree = json.loads(structure)
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise PeerError(f"A frame has a head that cannot be read: {type(exc).__name__}: {exc}.") from exc
     if type(kind) is not str or type(head) is not dict:
@@ -179,4 +192,8 @@ def read_head(header: Header, data: bytes | bytearray | memoryview, limits: Limi
             raise PeerError(f"A frame announces {header.num_bytes:,} bytes, and its arrays take {found:,}.")
     except NotAllowed as exc:
         refused = exc
+    if known is not None and refused is None and len(structure) <= KNOWN_BYTES:
+        if len(known) >= MAX_KNOWN:
+            known.clear()
+        known[key] = tree
     return Incoming(kind, head, tree, header.num_bytes, refused)

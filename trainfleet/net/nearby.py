@@ -138,7 +138,8 @@ class Nearby:
         self._say_again()
         patience = time.monotonic() + num_bytes / TCP_BYTES_PER_SECOND
         while True:
-            self._hear()
+            if not self._free:
+                self._hear()
             number = self._fitting(num_bytes)
             if number is None and self._may_grow(num_bytes, time.monotonic() > patience):
                 number = self._new(num_bytes)

@@ -95,7 +95,7 @@ class _Writer:
             return ["b", len(value)]
         if len(self._path) >= self._max_depth:
             raise DataError(f"A body is nested deeper than {self._max_depth}{self._where()}. Make it flatter.")
-        if isinstance(value, Mapping):
+        if kind is dict or isinstance(value, Mapping):
             return self._mapping(value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return ["N", name_of(kind), *self._items(value)]
