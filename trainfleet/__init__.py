@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainfleet.checkpoint import Checkpointer
     from trainfleet.data import LocalBatches, Sampler
+    from trainfleet.data.feed import DataService, RemoteBatches
     from trainfleet.errors import TrainfleetError
     from trainfleet.events import Evaluated, Event, Observer, StepEnded
     from trainfleet.loss import LossSum
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "trainfleet.checkpoint": ("Checkpointer",),
     "trainfleet.data": ("LocalBatches", "Sampler"),
+    "trainfleet.data.feed": ("DataService", "RemoteBatches"),
     "trainfleet.errors": ("TrainfleetError",),
     "trainfleet.events": ("Evaluated", "Event", "Observer", "StepEnded"),
     "trainfleet.loss": ("LossSum",),
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Checkpointer",
+    "DataService",
     "Engine",
     "Evaluated",
     "Event",
@@ -51,6 +54,7 @@ __all__ = [
     "NativeEngine",
     "Observer",
     "Plan",
+    "RemoteBatches",
     "Sampler",
     "ShardedArray",
     "Stateful",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -92,6 +93,22 @@ def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> No
     said = run(python("export.py"), tmp_path)
     right = re.search(r"(\d+)% of the held-out digits", said)
     assert right is not None and int(right[1]) > 80
+
+
+def test_batches_of_one_host_train_on_another(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
+    feeder = subprocess.Popen([*python("feed_cpu.py"), place], cwd=tmp_path, env=environment)
+    try:
+        said = run([*python("feed_gpu.py"), place], tmp_path)
+        feeder.send_signal(signal.SIGINT)
+        assert feeder.wait(30) == 0
+    finally:
+        feeder.kill()
+    held_out = re.search(r"evaluation=([\d.]+)", said)
+    assert "reason='finished'" in said and held_out is not None and float(held_out[1]) < 0.6
 
 
 @pytest.mark.matrix

@@ -127,7 +127,7 @@ class DataService:
         return self
 
     def serve(self) -> None:
-        with self.open():
+        with self.open(), suppress(KeyboardInterrupt):
             self._closing.wait()
 
     def close(self) -> None:
