@@ -49,6 +49,7 @@ MEET_SECONDS: Final = 5.0
 _NAME = re.compile(r"[0-9a-f]{32}")
 _WORD = struct.Struct("<cIQ")
 _NEW, _FREE, _DROPPED = b"N", b"F", b"D"
+_NOW: Final = int(getattr(socket, "MSG_DONTWAIT", 0)) | int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
 class Lent(NamedTuple):
@@ -271,9 +272,7 @@ class Nearby:
         while not self._closed:
             with self._lock:
                 try:
-                    data, descriptors, _, _ = socket.recv_fds(
-                        self._sock, _WORD.size + 1, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                    )
+                    data, descriptors, _, _ = socket.recv_fds(self._sock, _WORD.size + 1, 1, _NOW)
                 except BlockingIOError:
                     return
                 except OSError:
