@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import threading
 import time
 from datetime import timedelta
@@ -93,3 +94,10 @@ def test_closing_ends_a_wait():
     with pytest.raises(PeerError, match="gone"):
         wait_for("the feeder", attempt, timeout=timedelta(seconds=30), closing=closing)
     assert time.monotonic() - begin < 1
+
+
+def test_the_chance_of_the_program_is_left_alone():
+    random.seed(7)
+    before = random.getstate()
+    assert len(list(itertools.islice(pauses(), 5))) == 5
+    assert random.getstate() == before, "a run that is fed could not be repeated"

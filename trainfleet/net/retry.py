@@ -25,9 +25,10 @@ def pauses(first: float = 0.05, most: float = 2.0) -> Iterator[float]:
 
     Without chance, all that lost the same peer would come back in the same moment.
     """
-    pause = first
+    # Chance of its own: that of the program belongs to its training, which has to be the same again.
+    chance, pause = random.Random(), first
     while True:
-        yield pause * random.uniform(0.5, 1.0)
+        yield pause * chance.uniform(0.5, 1.0)
         pause = min(most, pause * 2)
 
 
@@ -46,7 +47,7 @@ def wait_for(
     `told` hears the reason of each try that failed, in place of the log.
     """
     begin = time.monotonic()
-    ends, said, reason = begin + timeout.total_seconds(), False, None
+    ends, said, reason = begin + timeout.total_seconds(), False, ""
     for pause in pauses():
         try:
             return attempt(max(0.001, ends - time.monotonic()))
@@ -54,15 +55,15 @@ def wait_for(
             raise
         except PeerError as exc:
             now = time.monotonic()
-            if reason is None or now < ends:  # a try that the deadline cut short tells less than the one before
-                reason = exc
+            if not reason or now < ends:  # a try that the deadline cut short tells less than the one before
+                reason, hint = str(exc), exc.hint
             if closing is not None and closing.is_set():
                 raise
             if now + pause >= ends:
                 raise PeerError(
                     f"{what[:1].upper()}{what[1:]} could not be reached within {timeout.total_seconds():g} s. {reason}",
-                    hint=reason.hint,
-                ) from reason
+                    hint=hint,
+                ) from exc
             if told is not None:
                 told(exc)
             elif not said and now - begin >= _SPEAK_SECONDS:
