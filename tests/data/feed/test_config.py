@@ -10,6 +10,9 @@ from trainfleet.data.config import DataConfig, SourceConfig
 from trainfleet.data.feed import DataService
 from trainfleet.data.feed.config import FeedConfig
 from trainfleet.errors import ConfigError
+from trainfleet.net.address import Address
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.listener import Listener
 
 
 @pytest.mark.parametrize(
@@ -61,11 +64,26 @@ def test_ranks_of_a_host_listen_at_ports_of_their_own(monkeypatch):
     ]
 
 
-def test_feeders_come_to_a_trainer_that_listens(tmp_path):
-    from trainfleet.net.listener import Listener
-
+@pytest.fixture
+def port():
     with Listener("127.0.0.1:0", role="trainer") as free:
-        port = free.address.port
+        return free.address.port
+
+
+def test_feeders_come_to_a_trainer_that_listens(port):
     service = DataService(local(transform=jitter), address=None, dials=[f"127.0.0.1:{port}"])
     with nothing_left_behind(), service.open(), FeedConfig(listen=f"127.0.0.1:{port}").open("training", size=8) as fed:
         assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
+
+
+def test_a_trainer_that_others_can_reach_tells_its_token(port, tmp_path, caplog, monkeypatch):
+    pytest.importorskip("cryptography", reason="TLS off loopback needs the extra `net`")
+    monkeypatch.setattr("socket.gethostname", lambda: "127.0.0.1")
+    config = FeedConfig(listen=f"0.0.0.0:{port}", identity=str(tmp_path / "kept"))
+    place = Address("127.0.0.1", port)
+    token = Credentials.make(folder=tmp_path / "kept").token([place])
+    service = DataService(local(transform=jitter), address=None, dials=[str(token)])
+    caplog.set_level("INFO", "trainfleet")
+    with nothing_left_behind(), service.open(), config.open("training", size=8) as fed:
+        assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
+    assert f"trainfleet feed RECIPE --dial {token}" in caplog.text

@@ -34,8 +34,6 @@ class FeedConfig:
     """Addresses or tokens of data services."""
     listen: str | None = None
     """HOST:PORT where feeders connect to, in place of `feeders`. Each rank of a host listens at ports of its own."""
-    via: str | None = None
-    """The token of a relay to wait at."""
     certificates: str | None = None
     """Folder with ca.pem, certificate.pem and key.pem, in place of a token."""
     identity: str | None = None
@@ -48,12 +46,12 @@ class FeedConfig:
     """How long a rank waits while no feeder is there."""
 
     def __post_init__(self) -> None:
-        if NOT_KEPT in (*self.feeders, self.via):
+        if NOT_KEPT in self.feeders:
             raise ConfigError(
                 "The token of the feeders is not kept with a run, because whoever has it may connect.",
                 hint="Give it again: trainfleet train RECIPE --feed TOKEN.",
             )
-        if not self.feeders and self.listen is None and self.via is None:
+        if not self.feeders and self.listen is None:
             raise ConfigError(
                 "data.source is remote, but data.args names no feeders.",
                 hint="Give `feeders: [HOST:PORT]` or --feed HOST:PORT|TOKEN, as `trainfleet feed` prints it.",
@@ -84,7 +82,6 @@ class FeedConfig:
             self.feeders,
             stream=stream,
             listen=listen,
-            via=self.via,
             credentials=credentials,
             classes=[load_object(path, key="data.args.classes") for path in self.classes],
             buffer_bytes=self.buffer_bytes,
