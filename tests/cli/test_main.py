@@ -21,7 +21,7 @@ def failing(monkeypatch):
     """Makes `trainfleet doctor` fail with a given exception."""
 
     def fail_with(error: BaseException) -> None:
-        def fail(quick: bool):
+        def fail(*_: object):
             raise error
 
         monkeypatch.setattr(doctor, "_findings", fail)

@@ -22,7 +22,7 @@ def link(
     pause: list[str] | None = typer.Option(None, "--pause", help="Hold everything back."),
     seed: int = typer.Option(0, "--seed", help="The same bytes are late or flipped in every run of a seed."),
 ) -> None:
-    """Emulate a link between a port of this host and a target, until Ctrl-C.
+    """Emulate a link between a port of this host and a target, to Ctrl-C.
 
     Programs dial LISTEN instead of HOST:PORT. What is given beside a preset takes its place; faults may be given more
     than once.
