@@ -5,12 +5,22 @@ import ssl
 import stat
 import sys
 import threading
+import time
 
 import pytest
 from certificates import issue
+from left_behind import open_sockets
 
 from trainfleet.errors import ConfigError, DependencyError, NotAdmitted
-from trainfleet.net.tls import Certificates, Identity, check_fingerprint, peer_fingerprint, pinned_context, refusal
+from trainfleet.net.tls import (
+    Certificates,
+    Identity,
+    check_fingerprint,
+    peer_fingerprint,
+    pinned_context,
+    refusal,
+    start_tls,
+)
 
 pytest.importorskip("cryptography", reason="identities need the extra `net`")
 
@@ -146,6 +156,20 @@ def test_files_that_are_missing_or_do_not_belong_together_are_named(tmp_path):
     (tmp_path / "one.key").write_text("no key")
     with pytest.raises(ConfigError, match="cannot be used for TLS"):
         one.server_context()
+
+
+def test_a_connection_that_was_reset_before_tls_leaves_no_descriptor():
+    """Also while someone keeps the error: the half-made socket is in its traceback."""
+    before = open_sockets()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        there.close()
+        time.sleep(0.05)
+        with pytest.raises(OSError) as kept:
+            start_tls(pinned_context(), here, name="x", ends=time.monotonic() + 5)
+    assert open_sockets() == before and kept.value.errno
 
 
 def test_an_error_that_says_nothing_of_credentials_is_no_refusal():

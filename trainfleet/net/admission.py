@@ -19,7 +19,7 @@ from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import remember
 from trainfleet.net.hello import MAGIC, Manners, receive, send_message
 from trainfleet.net.sockets import close_gently, set_remaining, tune
-from trainfleet.net.tls import refusal
+from trainfleet.net.tls import refusal, start_tls
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +145,7 @@ class Admission:
             tune(sock)
             self._same_kind(sock, peer, ends)
             if self._context is not None:
-                sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                assert isinstance(sock, ssl.SSLSocket)
-                set_remaining(sock, ends)
-                sock.do_handshake()
+                sock = start_tls(self._context, sock, name=None, ends=ends)
             ours = Manners(
                 role=self._role,
                 admits=self._admits,

@@ -30,8 +30,8 @@ from trainfleet.net.credentials import Credentials
 from trainfleet.net.hello import Manners, Peer, introduce
 from trainfleet.net.retry import wait_for
 from trainfleet.net.room import enter_room, room_of
-from trainfleet.net.sockets import set_remaining, tune
-from trainfleet.net.tls import check_fingerprint, peer_fingerprint, refusal
+from trainfleet.net.sockets import tune
+from trainfleet.net.tls import check_fingerprint, peer_fingerprint, refusal, start_tls
 from trainfleet.net.token import Token, is_token
 
 _TRY_SECONDS = 10.0
@@ -80,7 +80,10 @@ def dial(
                 raise
             except PeerError as exc:
                 errors.append(exc)
-        raise errors[-1]
+        try:
+            raise errors[-1]
+        finally:
+            errors.clear()  # each holds this frame by its traceback, and the frame would hold them
 
     names = [str(place) for place in places] + ([f"the relay {via.addresses[0]}"] if via is not None else [])
     return wait_for(f"the listener at {' or '.join(names)}", attempt, timeout=timeout, closing=closing, told=told)
@@ -133,10 +136,7 @@ def _greet(
         tune(sock)
         shown, context = None, credentials.client_context()
         if context is not None:
-            sock = context.wrap_socket(sock, server_hostname=place.host, do_handshake_on_connect=False)
-            assert isinstance(sock, ssl.SSLSocket)
-            set_remaining(sock, ends)
-            sock.do_handshake()
+            sock = start_tls(context, sock, name=place.host, ends=ends)
             if credentials.expected is not None:
                 check_fingerprint(sock, credentials.expected, str(place))
             shown = peer_fingerprint(sock)

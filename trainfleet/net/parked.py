@@ -40,6 +40,8 @@ class Parked:
         self._via, self._room, self._admission = via, room_of(credentials.secret), admission
         self._wake_in, self._wake_out = socket.socketpair()
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._said = False  # that the relay is not there
         try:
             first = self._park(_FIRST)
         except BaseException:
@@ -72,15 +74,16 @@ class Parked:
 
     def _keep(self, waiting: socket.socket | None) -> None:
         """Keep one connection parked."""
-        closing, said = self._admission.closing, False
+        closing = self._admission.closing
         while not closing.is_set():
             try:
                 waiting = waiting or self._park(_AGAIN)
-                said = False
+                self._said = False
             except PeerError as exc:  # also NotAdmitted: a relay that starts anew may have another certificate
-                if not said and not closing.is_set():
+                with self._lock:
+                    new, self._said = not self._said, True
+                if new and not closing.is_set():
                     logger.warning("Nobody can connect through the relay. %s", exc)
-                said = True
                 if isinstance(exc, NotAdmitted):
                     closing.wait(_TRY_SECONDS)
                 continue

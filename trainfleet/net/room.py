@@ -55,7 +55,10 @@ def enter_room(via: Token, room: str, side: Side, ends: float) -> socket.socket:
         except BaseException:
             sock.close()
             raise
-    raise errors[-1]
+    try:
+        raise errors[-1]
+    finally:
+        errors.clear()  # each holds this frame by its traceback, and the frame would hold them
 
 
 def without_tls(sock: socket.socket, ends: float) -> socket.socket:

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import hmac
 import os
+import socket
 import ssl
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from trainfleet.deps import require
 from trainfleet.errors import ConfigError, NotAdmitted
+from trainfleet.net.sockets import close_gently, set_remaining
 
 _YEARS = 10
 
@@ -152,6 +155,28 @@ def _context(protocol: int) -> ssl.SSLContext:
         # Connections are long and few: tickets would only be bytes that come after the handshake.
         context.num_tickets = 0
     return context
+
+
+def start_tls(context: ssl.SSLContext, sock: socket.socket, *, name: str | None, ends: float) -> ssl.SSLSocket:
+    """`sock` after the handshake, until `ends`; for who dials `name`, for who listens None. Closed where it fails."""
+    try:
+        secured = context.wrap_socket(
+            sock, server_side=name is None, server_hostname=name, do_handshake_on_connect=False
+        )
+    except OSError as exc:
+        # Of a connection that was reset already, the half-made SSLSocket has taken the descriptor over and is to be
+        # found in the traceback only (3.11): it would stay open for as long as anyone keeps the exception.
+        traceback.clear_frames(exc.__traceback__)
+        raise
+    try:
+        set_remaining(secured, ends)
+        secured.do_handshake()
+    except BaseException:
+        if name is None:
+            close_gently(secured)  # so that the alert arrives which says why
+        secured.close()
+        raise
+    return secured
 
 
 def fingerprint(der: bytes) -> bytes:
