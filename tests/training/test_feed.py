@@ -15,6 +15,7 @@ from feeding import read_job, write_job  # noqa: E402
 from left_behind import nothing_left_behind  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
+from trainfleet.data.feed import DataService  # noqa: E402
 from trainfleet.errors import ConfigError, NotAdmitted, PeerError  # noqa: E402
 from trainfleet.net.credentials import Credentials  # noqa: E402
 from trainfleet.net.token import Token  # noqa: E402
@@ -29,6 +30,11 @@ HERE = "127.0.0.1:0"
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write_job(tmp_path)
+
+
+def served(path: Path, **ways: Any) -> DataService:
+    """By a worker: made in this process, samples would move the random generators that dropout draws from."""
+    return service_of(read_job(path, "data.workers=1"), address=HERE, **ways).open()
 
 
 def fed(recipe: Recipe, *services: Any, **more: Any) -> Recipe:
@@ -57,7 +63,7 @@ def test_a_fed_run_ends_as_the_local_one_to_the_bit(path: Path, tmp_path: Path) 
     over = read_job(path, f"folder={tmp_path / 'fed'}")
     job.run(local)
     with nothing_left_behind(), ExitStack() as opened:
-        services = [opened.enter_context(service_of(local, address=HERE).open()) for _ in range(2)]
+        services = [opened.enter_context(served(path)) for _ in range(2)]
         assert job.run(fed(over, *services)).reason == "finished"
         assert all(service.served.batches for service in services)
     assert same(local.folder, over.folder)
@@ -69,7 +75,7 @@ def test_a_run_goes_on_where_its_data_come_from_elsewhere(path: Path, tmp_path: 
     half = read_job(path, f"folder={tmp_path / 'two'}", "train.steps=7", "train.finish=null")
     rest = read_job(path, f"folder={tmp_path / 'two'}")
     job.run(whole)
-    with service_of(whole, address=HERE).open() as service:
+    with served(path) as service:
         job.run(half if first == "local" else fed(half, service))
         job.run(fed(rest, service) if first == "local" else rest)
     theirs, ours = what_became(whole.folder), what_became(rest.folder)
@@ -85,14 +91,14 @@ def train_on_ranks(path: str, folder: str, address: str | None) -> str:
 
 def test_each_of_two_ranks_asks_for_its_share(ranks: RankPools, path: Path, tmp_path: Path) -> None:
     local = ranks(2, train_on_ranks, str(path), str(tmp_path / "local"), None)[0]
-    with service_of(read_job(path), address=HERE).open() as service:
+    with served(path) as service:
         over = ranks(2, train_on_ranks, str(path), str(tmp_path / "fed"), str(service.address))[0]
     assert same(local, over)
 
 
 def test_check_and_verify_take_the_feeders_batches(path: Path, tmp_path: Path) -> None:
     recipe = read_job(path)
-    with service_of(recipe, address=HERE).open() as service:
+    with served(path) as service:
         assert "data    remote: 90 samples" in job.check(fed(recipe, service), 2)
     assert not (tmp_path / "run").exists()
 
@@ -101,14 +107,14 @@ def test_check_and_verify_take_the_feeders_batches(path: Path, tmp_path: Path) -
 def test_verify_takes_the_feeders_batches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(path.parent))
     recipe = read_job(path, "plan.zero=2")
-    with service_of(recipe, address=HERE).open() as service:
+    with served(path) as service:
         assert verify_recipe(fed(recipe, service), 2, steps=2).holds
 
 
 def test_a_token_is_not_written_down_with_a_run(path: Path) -> None:
     recipe = read_job(path, "train.steps=2")
     credentials = Credentials(secret=b"0123456789abcdef")
-    with service_of(recipe, address=HERE, credentials=credentials).open() as service:
+    with served(path, credentials=credentials) as service:
         assert service.listener is not None
         token = str(service.listener.token())
         assert job.run(as_fed(recipe, feeders=[token])).reason == "finished"
@@ -123,7 +129,7 @@ def test_a_token_is_not_written_down_with_a_run(path: Path) -> None:
 def test_a_wrong_token_and_no_feeder_at_all_are_said(path: Path) -> None:
     recipe = read_job(path)
     credentials = Credentials(secret=b"0123456789abcdef")
-    with service_of(recipe, address=HERE, credentials=credentials).open() as service:
+    with served(path, credentials=credentials) as service:
         wrong = Credentials(secret=b"fedcba9876543210").token([service.address])
         with pytest.raises(NotAdmitted):
             job.check(as_fed(recipe, feeders=[str(wrong)]), 1)

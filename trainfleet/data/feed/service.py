@@ -51,7 +51,8 @@ class DataService:
 
     The streams are never iterated: what they say of source, transform, workers and order is what trainers get, who
     decide on size, seed and order where they want others. Each trainer's place is its own, so that one service feeds
-    several runs.
+    several runs. Without workers a thread of this process makes the samples, and seeds its global random generators for
+    each: where the same process draws from these too, as dropout does, give the batches a worker.
 
     address       where to listen, host:port; None: nowhere
     dials         trainers that listen themselves, by address or token, to whom this side connects, again and again
