@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from feeding import FeederProcess, write_job
+from feeding import FeederProcess, read_job, write_job
 
-from trainfleet.cli.feed import _places
+from trainfleet.cli.feed import _LiveLine, _places
 from trainfleet.cli.main import main
 from trainfleet.data.feed import RemoteBatches
 from trainfleet.errors import NotAdmitted
 from trainfleet.net.listener import Listener
 from trainfleet.net.token import Token
+from trainfleet.training.feed import service_of
 
 SOON = timedelta(seconds=20)
 
@@ -82,6 +85,23 @@ def test_a_trainer_that_listens_is_called(path: Path) -> None:
             assert next(batches)["input"].shape == (8, 4)
         assert feeder.stop() == 0
     assert f"calls       127.0.0.1:{port}" in feeder.said and "listens at" not in feeder.said
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_a_line_says_how_it_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with service_of(read_job(path), address="127.0.0.1:0").open() as service, _LiveLine(service) as line:
+        with RemoteBatches([str(service.address)], as_numpy=True, timeout=SOON) as batches:
+            next(batches)
+            line.refresh()
+        print("a word of the log", file=sys.stderr)
+    assert re.search(r"\d batches/s  [\d.]+ [kM]?B/s  1 connection  \d+ waiting  \d+ batches", terminal.getvalue())
+    assert "\033[Ka word of the log" in terminal.getvalue() and terminal.getvalue().endswith("\033[K")
+    assert sys.stderr is terminal
 
 
 def test_several_ports_of_a_trainer_are_counted_from_the_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import socket
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 HERE = "127.0.0.1:7700"
 _REFRESH_SECONDS = 0.5
+_CLEAR = "\r\033[K"
 
 
 def feed(
@@ -148,7 +150,8 @@ class _LiveLine:
 
     def __init__(self, service: DataService) -> None:
         self._service = service
-        self.is_shown = sys.stderr.isatty()
+        self._terminal = sys.stderr
+        self.is_shown = self._terminal.isatty()
         self._last, self._at = service.served, time.monotonic()
 
     def refresh(self) -> None:
@@ -166,14 +169,30 @@ class _LiveLine:
         )
 
     def _write(self, text: str) -> None:
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"{_CLEAR}{text}", end="", file=self._terminal, flush=True)
 
     def __enter__(self) -> _LiveLine:
+        if self.is_shown:
+            sys.stderr = _Above(self._terminal)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.is_shown:
+            sys.stderr = self._terminal
             self._write("")
+
+
+class _Above(io.TextIOBase):
+    """Stands in for stderr: what is logged takes the place of the live line, which comes back below."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        return self._terminal.write(f"{_CLEAR}{text}")
+
+    def flush(self) -> None:
+        self._terminal.flush()
 
 
 def _bytes(count: float) -> str:
