@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ from feeding import read_job, write_job  # noqa: E402
 from left_behind import nothing_left_behind  # noqa: E402
 from rank_pool import RankPools  # noqa: E402
 
-from trainfleet.data.feed import DataService  # noqa: E402
-from trainfleet.errors import ConfigError, NotAdmitted, PeerError  # noqa: E402
+from trainfleet.data.feed import DataService, RemoteBatches  # noqa: E402
+from trainfleet.errors import ConfigError, DataError, NotAdmitted, PeerError  # noqa: E402
 from trainfleet.net.credentials import Credentials  # noqa: E402
 from trainfleet.net.token import Token  # noqa: E402
 from trainfleet.training import job  # noqa: E402
-from trainfleet.training.feed import as_fed, service_of, without_tokens  # noqa: E402
+from trainfleet.training.feed import as_fed, refuse_unlike_feeders, service_of, without_tokens  # noqa: E402
 from trainfleet.training.recipe import Recipe  # noqa: E402
 from trainfleet.training.verify_recipe import verify_recipe  # noqa: E402
 
@@ -149,3 +150,18 @@ def test_what_cannot_be_served_is_refused(path: Path) -> None:
     module = recipe.data.source.partition(":")[0]
     with pytest.raises(ConfigError, match=r"data\.source is only iterated"):
         service_of(read_job(path, f"data.source={module}:stream"), address=HERE)
+
+
+def test_streams_whose_feeders_differ_are_refused(path: Path) -> None:
+    world: Any = SimpleNamespace(exchange=lambda value: [value])
+    other = service_of(read_job(path, "data.args={shift: 1.0}"), address=HERE)
+    with (
+        service_of(read_job(path), address=HERE).open() as service,
+        other.open(),
+        RemoteBatches(str(service.address)) as ours,
+        RemoteBatches(str(service.address), stream="evaluation") as alike,
+        RemoteBatches(str(other.address)) as unlike,
+    ):
+        refuse_unlike_feeders(world, ours, alike, None)
+        with pytest.raises(DataError, match="make other samples"):
+            refuse_unlike_feeders(world, ours, unlike)

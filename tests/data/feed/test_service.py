@@ -12,7 +12,9 @@ from data.feed.made import Numbers, local, same
 from trainfleet.data.feed import DataService, RemoteBatches
 from trainfleet.errors import ConfigError, NotAdmitted
 from trainfleet.net.credentials import Credentials
+from trainfleet.net.dial import dial
 from trainfleet.net.listener import Listener
+from trainfleet.net.probe import Probe
 
 FREE = "127.0.0.1:0"
 
@@ -93,3 +95,11 @@ def test_closing_twice_is_closing():
     service = DataService(local(workers=1), address=FREE).open()
     service.close()
     service.close()
+
+
+def test_a_doctor_is_answered_and_sent_away_at_the_end():
+    service = DataService(local(), address=FREE)
+    with service.open(), dial(service.address, role="doctor", timeout=timedelta(seconds=5)) as sock:
+        assert Probe(sock, str(service.address)).round_trips(count=3).median < 1
+        service.close()
+        assert sock.recv(1) == b""
