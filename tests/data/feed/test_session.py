@@ -27,7 +27,7 @@ class Fed:
     def __init__(self, source=None):
         ours, theirs = socket.socketpair()
         stock = Stock({"training": local(source)})
-        self.workshop = Workshop(Workers(maker=stock))
+        self.workshop = Workshop(Workers(maker=stock, workers=1))
         self.ended = None
         self.session = Session(Channel(ours), stock, self.workshop)
         self.thread = threading.Thread(target=self._run, daemon=True)

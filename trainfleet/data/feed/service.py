@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple
@@ -51,8 +52,8 @@ class DataService:
 
     The streams are never iterated: what they say of source, transform, workers and order is what trainers get, who
     decide on size, seed and order where they want others. Each trainer's place is its own, so that one service feeds
-    several runs. Without workers a thread of this process makes the samples, and seeds its global random generators for
-    each: where the same process draws from these too, as dropout does, give the batches a worker.
+    several runs. Without workers there is one process all the same: to make samples is to seed global random
+    generators, from which this process may draw too.
 
     address       where to listen, host:port; None: nowhere
     dials         trainers that listen themselves, by address or token, to whom this side connects, again and again
@@ -102,16 +103,8 @@ class DataService:
         assert isinstance(self._workers, Workers)
         self.offers = self.stock.offers()
         words = {name: offer.to_plain() for name, offer in self.offers.items()}
-        self._words = {"streams": words, "host": socket.gethostname(), "workers": self._workers.workers}
-        crew = Workers(
-            maker=self.stock,
-            workers=self._workers.workers,
-            prefetch=self._workers.prefetch,
-            bad=self._workers.bad,
-            timeout=self._workers.timeout,
-            restarts=self._workers.restarts,
-            start_method=self._workers.start_method,
-        )
+        self._words = {"streams": words, "host": socket.gethostname(), "workers": max(1, self._workers.workers)}
+        crew = replace(self._workers, maker=self.stock, workers=max(1, self._workers.workers))
         try:
             self._workshop = Workshop(crew)
             self._opened.callback(self._workshop.close)

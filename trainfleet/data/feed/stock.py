@@ -19,6 +19,8 @@ from trainfleet.data.sampler import Span, check_places
 from trainfleet.data.samples import IndexedMaker, Made, Progress, Transform, name_of
 from trainfleet.errors import DataError
 
+MOST_TERMS = 256
+
 
 @dataclass
 class Stock:
@@ -66,6 +68,8 @@ class Stock:
     def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made:
         assert isinstance(span, Unit)
         if span.terms not in self._makers:
+            if len(self._makers) >= MOST_TERMS:  # a trainer that thinks of ever new ones
+                self._makers.clear()
             self._makers[span.terms] = self._maker(span.terms)
         return self._makers[span.terms].make(span, progress=progress, poison=poison)
 

@@ -42,7 +42,7 @@ class _Order:
 
 
 class Workshop:
-    """One thread has the pool; `submit` and `forget` may be called by any."""
+    """One thread has the pool; `submit` and `forget` may be called by any. The crew has one worker at least."""
 
     def __init__(self, crew: Workers) -> None:
         self._crew = crew
@@ -98,25 +98,11 @@ class Workshop:
     def _run(self) -> None:
         while not self._closing:
             try:
-                if self._crew.workers:
-                    self._work_with_pool()
-                else:
-                    self._work_alone()
+                self._work()
             except Exception as exc:  # the workers fail as a whole
                 self._fail_all(exc)
 
-    def _work_alone(self) -> None:
-        if not self._waiting:
-            self._wake.poll(0.5)
-        self._go_to_sleep()
-        for order in self._take_turn(most=1):
-            try:
-                made: Made | Exception = self._crew.make(order.unit)
-            except Exception as exc:
-                made = exc
-            self._finish(order, made)
-
-    def _work_with_pool(self) -> None:
+    def _work(self) -> None:
         if self._pool is None:
             self._pool = self._crew.open()
             assert self._pool is not None
