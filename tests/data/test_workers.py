@@ -72,7 +72,13 @@ def firsts(stream, count):
 
 
 def alive(pids):
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    def lives(pid):
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # perhaps just now
+            return False
+
+    return [pid for pid in pids if lives(pid)]
 
 
 def wait_until(condition, seconds=10.0):

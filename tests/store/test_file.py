@@ -261,3 +261,21 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(StoreError, match="Cannot store 'a/b'"):
         FileStore(tmp_path).put("a/b", b"x")
+
+
+def test_a_folder_that_others_make_and_remove_meanwhile_is_not_in_the_way(tmp_path, monkeypatch):
+    folder = tmp_path / "step"
+    there = iter([False, True])  # missing at first, there once mkdir has failed, and gone at the next look
+
+    def mkdir(path, *args, **kwargs):
+        raise FileExistsError(errno.EEXIST, "another made it", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(Path, "exists", lambda path: path != folder or next(there))
+    assert file_store._make_folders(folder, tmp_path) == [folder]
+
+
+def test_a_file_where_a_folder_belongs_is_said(tmp_path):
+    (tmp_path / "step").write_bytes(b"")
+    with pytest.raises(StoreError, match="step"):
+        FileStore(tmp_path).put("step/shard", b"1")

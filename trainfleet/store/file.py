@@ -13,6 +13,7 @@ import fcntl
 import io
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -344,10 +345,18 @@ def _make_folders(folder: Path, root: Path | None) -> list[Path]:
         try:
             path.mkdir()
         except (FileExistsError, FileNotFoundError):
-            if path.exists() and not path.is_dir():
+            if _is_in_the_way(path):
                 raise
             # Another has made it, or has removed it, or its parent, as empty. Whoever needs it asks again.
     return missing
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether `path` is something other than a folder: asked once, for it may be removed at any moment."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _fsync_folder(folder: Path) -> None:
