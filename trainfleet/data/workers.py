@@ -124,8 +124,7 @@ class WorkerPool:
         return self._take(task)
 
     def receive_any(self, timeout: float, wake: Connection) -> list[tuple[int, Made | Exception]]:
-        """All tasks that are done, each with its batch or what making it raised; none after `timeout` seconds, or as
-        soon as there is something to read from `wake`."""
+        """Tasks that are done, with their batch or error; none after `timeout` seconds or at a word from `wake`."""
         if not self._done:
             self._collect(timeout, wake)
         found: list[tuple[int, Made | Exception]] = []
@@ -158,6 +157,11 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         return [worker.process.pid or 0 for worker in self._workers]
+
+    @property
+    def progress(self) -> int:
+        """Another number whenever a worker has come to another sample."""
+        return sum(worker.is_on()[0] for worker in self._workers)
 
     def _start(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe(duplex=True)

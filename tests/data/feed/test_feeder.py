@@ -42,6 +42,9 @@ class Heard:
     def made(self, feeder, message, num_bytes):
         self.told.put(("made", message.head["task"], num_bytes > 0))
 
+    def alive(self, feeder, progress):
+        self.told.put(("alive", progress))
+
     def given_up(self, feeder, reason):
         self.told.put(("given up", str(reason)))
 
@@ -69,7 +72,8 @@ def test_it_says_what_it_has_is_asked_and_answers(heard):
     end = heard.ends.get(timeout=5)
     heard.feeder.ask(5, UNIT)
     assert end.recv(5).head == {"task": 5, **UNIT.to_plain()}
-    end.send("alive")
+    end.send("alive", {"progress": 7})
+    assert heard.next() == ("alive", 7)
     end.send("made", {"task": 5, "skipped": []}, [1])
     assert heard.next() == ("made", 5, True)
     heard.feeder.forget()
@@ -84,6 +88,18 @@ def test_it_is_called_again(heard):
         assert heard.next()[0] == "joined"
         heard.ends.get(timeout=5).close()
         assert heard.next()[0] == "left"
+
+
+def test_a_pool_that_fails_on_what_it_is_told_is_not_left_waiting(heard):
+    heard.next()
+    heard.made = lambda feeder, message, num_bytes: 1 / 0
+    heard.ends.get(timeout=5).send("made", {"task": 5}, [1])
+    assert heard.next() == ("given up", "division by zero")
+
+
+def test_closed_while_it_connects_it_ends():
+    heard = Heard({"not": "an offer"})
+    heard.end()
 
 
 def test_silence_ends_the_connection(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 
@@ -120,3 +122,27 @@ def test_without_feeders_the_wait_ends_at_the_deadline_with_the_reason(pool):
     with pytest.raises(PeerError, match="unplugged"):
         pool.receive(0)
     assert pool.seconds_waited >= 1
+
+
+def test_a_feeder_that_is_alive_and_makes_nothing_is_not_waited_for_for_ever(pool):
+    one = Known("one")
+    pool.joined(one, told())
+    pool.submit(0, Span(0, 0, 8))
+    begun, stop = time.monotonic(), threading.Event()
+
+    def say_alive(progress):
+        while not stop.wait(0.1):
+            pool.alive(one, progress())
+
+    for progress, least in ((lambda: 7, 1.0), (lambda: min(time.monotonic() - begun, 4.0), 3.0)):
+        stop.clear()
+        speaker = threading.Thread(target=say_alive, args=(progress,))
+        speaker.start()
+        waited = time.monotonic()
+        try:
+            with pytest.raises(PeerError, match="the 1 that are here made no progress"):
+                pool.receive(0)
+        finally:
+            stop.set()
+            speaker.join()
+        assert time.monotonic() - waited >= least, "while samples are made there, it is waited for"

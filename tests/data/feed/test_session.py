@@ -136,7 +136,14 @@ def test_a_trainer_that_says_nothing_is_let_go(monkeypatch):
 def test_a_feeder_says_that_it_is_alive(monkeypatch):
     monkeypatch.setattr(session_module, "ALIVE_SECONDS", 0.1)
     fed = Fed()
-    assert fed.trainer.recv(5).kind == "alive"
+    kind, head, _ = fed.trainer.recv(5)
+    assert kind == "alive" and head == {"progress": 0}
+    fed.ask(1, 0)
+    while (message := fed.trainer.recv(5)).kind != "made":
+        pass
+    while (message := fed.trainer.recv(5)).head["progress"] < 8:
+        pass
+    assert message.kind == "alive"
     fed.trainer.close()
     fed.end()
     fed.workshop.close()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from trainfleet.data.feed.session import ALIVE_SECONDS, SILENCE_SECONDS
 from trainfleet.data.feed.terms import Offer, Unit
-from trainfleet.errors import DataError, NotAdmitted, PeerError
+from trainfleet.errors import NotAdmitted, PeerError
 from trainfleet.net.channel import Channel, Message
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class Listening(Protocol):
     def left(self, feeder: Feeder, reason: PeerError) -> None: ...
 
     def made(self, feeder: Feeder, message: Message, num_bytes: int) -> None: ...
+
+    def alive(self, feeder: Feeder, progress: object) -> None:
+        """`progress`: another number whenever a sample was made there; whatever the feeder says."""
 
     def given_up(self, feeder: Feeder, reason: Exception) -> None:
         """It will not be tried again."""
@@ -107,7 +110,7 @@ class Feeder:
                 return
             try:
                 self._attend(sock)
-            except (NotAdmitted, DataError) as exc:  # the same would come again
+            except Exception as exc:  # the same would come again
                 self._listening.given_up(self, exc)
                 return
             if not self._again:
@@ -116,25 +119,25 @@ class Feeder:
 
     def _attend(self, sock: socket.socket) -> None:
         """Until the connection ends, however it does."""
+        stop = threading.Event()
         try:
             with self._open_channel(sock) as channel:
-                told = _told(channel.recv(SILENCE_SECONDS))
                 self._channel = channel
-                stop = threading.Event()
-                alive = threading.Thread(target=self._say_alive, args=(stop,), name="trainfleet-alive", daemon=True)
-                try:
-                    self._listening.joined(self, told)
-                    alive.start()
-                    self._listen(channel)
-                finally:
-                    stop.set()
-                    self._channel = None
+                if self._closing.is_set():  # who closes us closes the channel that it sees
+                    return
+                told = _told(channel.recv(SILENCE_SECONDS))
+                self._listening.joined(self, told)
+                threading.Thread(target=self._say_alive, args=(stop,), name="trainfleet-alive", daemon=True).start()
+                self._listen(channel)
         except NotAdmitted:
             raise
         except (PeerError, TimeoutError) as exc:
             error = exc if isinstance(exc, PeerError) else PeerError(f"{self.name} said nothing: {exc}")
             if not self._closing.is_set():
                 self._listening.left(self, error)
+        finally:
+            stop.set()
+            self._channel = None
 
     def _listen(self, channel: Channel) -> None:
         while True:
@@ -142,7 +145,9 @@ class Feeder:
             message = channel.recv(SILENCE_SECONDS)
             if message.kind in ("made", "failed"):
                 self._listening.made(self, message, channel.counters.bytes_received - before)
-            elif message.kind != "alive":
+            elif message.kind == "alive":
+                self._listening.alive(self, message.head.get("progress"))
+            else:
                 raise PeerError(f"{self.name} said {message.kind[:40]!r}, which feeders do not say.")
 
     def _say_alive(self, stop: threading.Event) -> None:

@@ -69,6 +69,8 @@ class Feeders:
         self._reasons: dict[str, str] = {}  # by feeder, why it is not here
         self._num_given_up = 0
         self._fatal: Exception | None = None
+        self._moved = 0.0  # when anything was last heard that brings a batch nearer
+        self._progress: dict[str, object] = {}  # by feeder, what it last said of its own
         self._starved = False  # whether the loop had to wait for its last batch
         self._closing = threading.Event()
         self._feeders: list[Feeder] = []
@@ -169,7 +171,7 @@ class Feeders:
 
     def receive(self, task: int) -> Made:
         """The batch of a submitted task. Raises DataError where making it failed, PeerError when no feeder was there,
-        or none had anything to say, for the whole timeout."""
+        or none came to another sample, for the whole timeout."""
         begun = time.monotonic()
         self._starved = task not in self._done
         try:
@@ -215,6 +217,7 @@ class Feeders:
                 raise NotAdmitted(difference)
             self._reasons.pop(feeder.name, None)
             self._leases.join(feeder, room=2 * max(1, told.workers) + 2)
+            self._moved = time.monotonic()
             self._changed.notify_all()
         logger.info("Feeder %s on %s is here, with %d workers.", feeder.name, told.host, told.workers)
         self._hand_out()
@@ -232,20 +235,27 @@ class Feeders:
     def made(self, feeder: Feeder, message: Message, num_bytes: int) -> None:
         task, made = _parsed(message)
         with self._changed:
+            self._moved = time.monotonic()
             idle = self._starved and message.head.get("idle") is True
             if self._leases.arrived(feeder, task, time.monotonic(), num_bytes, idle=idle):
                 self._done[task] = made
                 self._changed.notify_all()
         self._hand_out()
 
+    def alive(self, feeder: Feeder, progress: object) -> None:
+        with self._changed:
+            if progress != self._progress.get(feeder.name):
+                self._progress[feeder.name] = progress
+                self._moved = time.monotonic()
+
     def given_up(self, feeder: Feeder, reason: Exception) -> None:
         with self._changed:
             self._leases.leave(feeder)
             self._reasons[feeder.name] = str(reason)
-            # One that is not admitted is no loss while there are others; what cannot be read here never can.
+            # One that is not admitted is no loss while there are others; anything else would come again and again.
             self._num_given_up += 1
             called = len(self._ways.feeders)
-            if isinstance(reason, DataError) or (self._listener is None and called <= self._num_given_up):
+            if not isinstance(reason, PeerError) or (self._listener is None and called <= self._num_given_up):
                 self._fatal = self._fatal or reason
             self._changed.notify_all()
         logger.error("Feeder %s is given up: %s", feeder.name, reason)
@@ -264,9 +274,8 @@ class Feeders:
             feeder.ask(task, unit)
 
     def _wait(self, met: Callable[[], bool], what: str, task: int | None = None) -> None:
-        since = last = time.monotonic()
+        since = time.monotonic()
         said = False
-        here = 0
         while True:
             with self._changed:
                 if not met() and self._fatal is None:
@@ -276,15 +285,15 @@ class Feeders:
                 if self._fatal is not None:
                     raise self._fatal
                 now = time.monotonic()
-                if self._leases.feeders:
-                    last = now  # it says that it is alive, or it would not be here
+                last = max(since, self._moved)
                 given = self._leases.hasten(task, now) if task is not None else []
                 self.repeated += len(given)
                 here, why = self._leases.feeders, "; ".join(f"{name}: {text}" for name, text in self._reasons.items())
             self._ask(given)
             if now - last > self._timeout:
+                stuck = f"the {here} that are here made no progress" if here else "no feeder was there"
                 raise PeerError(
-                    f"Waited {self._timeout:g} s for {what}, and no feeder was there. {why or 'None answered.'}",
+                    f"Waited {self._timeout:g} s for {what}, and {stuck}. {why or 'None answered.'}",
                     hint="Start one with `trainfleet feed`, or look at its address with `trainfleet doctor HOST:PORT`.",
                 )
             if not said and now - since > _SAY_AFTER:

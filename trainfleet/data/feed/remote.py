@@ -64,7 +64,7 @@ class RemoteBatches(IndexedBatches):
     classes       dataclasses and named tuples that batches are made of
     buffer_bytes  batches that may wait here for the loop; the feeders are asked for no more
     nearby        batches of feeders on this host come through shared memory
-    timeout       how long the loop waits while no feeder is there
+    timeout       how long the loop waits while no feeder is there, or none comes to another sample
 
     Raises PeerError when no feeder is there in time, NotAdmitted for wrong credentials or feeders that have different
     data, ConfigError for addresses that cannot be, DataError for a sample that failed.

@@ -29,7 +29,7 @@ class _Done(NamedTuple):
     finished: Finished
 
 
-_ALIVE = _Done(-1, Finished(Made(None), 0.0, False))
+_ALIVE = _Done(-1, Finished(Made(None), False))
 
 
 class Session:
@@ -96,7 +96,7 @@ class Session:
         try:
             self._stock.check(unit)
         except DataError as exc:
-            self._done.put(_Done(task, Finished(exc, 0.0, False)))
+            self._done.put(_Done(task, Finished(exc, False)))
             return
         self._workshop.submit(self, unit, lambda finished: self._done.put(_Done(task, finished)))
 
@@ -111,7 +111,7 @@ class Session:
                 return
             try:
                 if done is _ALIVE:
-                    self._channel.send("alive")
+                    self._channel.send("alive", {"progress": self._workshop.progress})
                 else:
                     self._send(done)
             except PeerError as exc:
@@ -123,14 +123,9 @@ class Session:
             if done.task not in self._asked:
                 return  # forgotten meanwhile
             self._asked.discard(done.task)
-        made, seconds, idle = done.finished
+        made, idle = done.finished
         if not isinstance(made, Exception):
-            head = {
-                "task": done.task,
-                "seconds": seconds,
-                "idle": idle,
-                "skipped": [list(each) for each in made.skipped],
-            }
+            head = {"task": done.task, "idle": idle, "skipped": [list(each) for each in made.skipped]}
             try:
                 before = self._channel.counters.bytes_sent
                 self._channel.send("made", head, made.batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ class Finished(NamedTuple):
     """What came of a unit."""
 
     made: Made | Exception
-    seconds: float
-    """From when a worker could begin it."""
     idle: bool
     """Nothing else is asked of us by the same trainer: it could ask for more at a time."""
 
@@ -38,7 +35,6 @@ class _Order:
     owner: Hashable
     unit: Unit
     answer: Answer
-    begun: float = 0.0
 
 
 class Workshop:
@@ -78,6 +74,12 @@ class Workshop:
         """Units that no worker has begun."""
         with self._lock:
             return sum(len(queue) for queue in self._waiting.values())
+
+    @property
+    def progress(self) -> int:
+        """Another number whenever a worker has come to another sample."""
+        pool = self._pool
+        return pool.progress if pool is not None else 0
 
     @property
     def pids(self) -> list[int]:
@@ -138,14 +140,12 @@ class Workshop:
                 del self._waiting[owner]
                 if queue:
                     self._waiting[owner] = queue  # behind the others
-        for order in taken:
-            order.begun = time.monotonic()
         return taken
 
     def _finish(self, order: _Order, made: Made | Exception) -> None:
         with self._lock:
             busy = order.owner in self._waiting or any(other.owner == order.owner for other in self._begun.values())
-        order.answer(Finished(made, time.monotonic() - order.begun, not busy))
+        order.answer(Finished(made, not busy))
 
     def _fail_all(self, exc: Exception) -> None:
         logger.error("The workers failed and are started anew: %s", exc)
@@ -156,7 +156,7 @@ class Workshop:
         with self._lock:
             orders, self._begun = list(self._begun.values()), {}
         for order in orders:
-            order.answer(Finished(error, time.monotonic() - order.begun, False))
+            order.answer(Finished(error, False))
 
 
 def _nobody(finished: Finished) -> None:
