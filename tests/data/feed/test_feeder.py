@@ -78,9 +78,12 @@ def test_it_says_what_it_has_is_asked_and_answers(heard):
     assert heard.next() == ("made", 5, True)
     heard.feeder.forget()
     assert end.recv(5).kind == "forget"
-    heard.feeder.close()
+    heard.feeder.say_bye()
     assert end.recv(5).kind == "bye"
+    end.send("made", {"task": 6, "skipped": []}, [1] * 1000)  # was on its way
     end.close()
+    heard.feeder.join(5)
+    assert not heard.feeder.is_alive, "nothing broke off, and it does not connect again"
 
 
 def test_it_is_called_again(heard):

@@ -17,6 +17,7 @@ from trainfleet.net.channel import Channel, Message
 logger = logging.getLogger(__name__)
 
 _FOR_EVER = timedelta(days=365)
+_BYE_SECONDS = 1.0
 
 
 class Told(NamedTuple):
@@ -74,11 +75,17 @@ class Feeder:
         """Nothing that was asked for is wanted any more."""
         self._say("forget", {})
 
-    def close(self) -> None:
+    def say_bye(self) -> None:
+        """Have the feeder end the connection; what it was about to send is read until then, and not used."""
         self._closing.set()
+        self._say("bye", {})
+
+    def close(self) -> None:
+        """End the connection, whether the feeder does or not."""
+        self.say_bye()
+        self._thread.join(_BYE_SECONDS)
         channel = self._channel  # its thread lets go of it when the connection ends
         if channel is not None:
-            self._say("bye", {})
             channel.close()
 
     @property

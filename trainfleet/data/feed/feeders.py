@@ -198,6 +198,8 @@ class Feeders:
         if self._accepting is not None:
             self._accepting.join(10)
         for feeder in self._feeders:
+            feeder.say_bye()
+        for feeder in self._feeders:
             feeder.close()
         for feeder in self._feeders:
             feeder.join(10)
