@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 from trainfleet.data.feed.feeder import Feeder, Told
-from trainfleet.data.feed.lease import Leases
 from trainfleet.data.feed.terms import Offer, Terms, Unit
 from trainfleet.data.sampler import Span
 from trainfleet.data.samples import Made
@@ -23,6 +22,7 @@ from trainfleet.net.channel import Channel, Message
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.frames import Limits
+from trainfleet.net.lease import Leases
 from trainfleet.net.listener import Listener
 from trainfleet.net.token import Token, is_token
 
@@ -63,7 +63,7 @@ class Feeders:
         """The loop's, for batches that were not here yet."""
         self._ways, self._timeout, self._buffer_bytes = ways, timeout.total_seconds(), buffer_bytes
         self._changed = threading.Condition()
-        self._leases = Leases()
+        self._leases: Leases[Unit] = Leases()
         self._done: dict[int, Made | Exception] = {}
         self._offers: dict[str, Offer] = {}
         self._reasons: dict[str, str] = {}  # by feeder, why it is not here
@@ -150,7 +150,7 @@ class Feeders:
     @property
     def connected(self) -> int:
         """Feeders that are here."""
-        return self._leases.feeders
+        return self._leases.peers
 
     @property
     def depth(self) -> int:
@@ -270,9 +270,9 @@ class Feeders:
             given = self._leases.give(time.monotonic())
         self._ask(given)
 
-    def _ask(self, given: Sequence[tuple[Hashable, int, Span]]) -> None:
+    def _ask(self, given: Sequence[tuple[Hashable, int, Unit]]) -> None:
         for feeder, task, unit in given:  # not under the lock: a feeder may be slow to take it
-            assert isinstance(feeder, Feeder) and isinstance(unit, Unit)
+            assert isinstance(feeder, Feeder)
             feeder.ask(task, unit)
 
     def _wait(self, met: Callable[[], bool], what: str, task: int | None = None) -> None:
@@ -290,7 +290,7 @@ class Feeders:
                 last = max(since, self._moved)
                 given = self._leases.hasten(task, now) if task is not None else []
                 self.repeated += len(given)
-                here, why = self._leases.feeders, "; ".join(f"{name}: {text}" for name, text in self._reasons.items())
+                here, why = self._leases.peers, "; ".join(f"{name}: {text}" for name, text in self._reasons.items())
             self._ask(given)
             if now - last > self._timeout:
                 stuck = f"the {here} that are here made no progress" if here else "no feeder was there"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfleet.data.feed.lease import LATE_SECONDS, Leases
-from trainfleet.data.sampler import Span
+from trainfleet.net.lease import LATE_SECONDS, Leases
 
-UNIT = Span(0, 0, 8)
+UNIT = (0, 0, 8)
 
 
 def with_units(count, **rooms):
@@ -30,7 +29,7 @@ def test_nobody_gets_more_than_it_has_room_for():
     assert [task for _, task, _ in leases.give(1.0)] == [5]
 
 
-def test_the_units_of_a_feeder_that_left_go_to_others_first():
+def test_the_units_of_a_peer_that_left_go_to_others_first():
     leases = with_units(6, a=2, b=2)
     leases.give(0.0)
     assert leases.leave("a") == 2 and leases.leave("a") == 0
@@ -79,7 +78,7 @@ def test_a_unit_that_two_had_is_not_pending_while_one_of_them_is_here():
     assert leases.leave(first) == 0 and leases.leave(second) == 1
 
 
-def test_room_grows_where_a_feeder_is_idle_and_only_there():
+def test_room_grows_where_a_peer_is_idle_and_only_there():
     leases = with_units(8, a=4, b=4)
     for name, task, _ in leases.give(0.0):
         leases.arrived(name, task, 1.0, 100, idle=name == "a")
@@ -95,7 +94,7 @@ def test_room_grows_where_a_feeder_is_idle_and_only_there():
     )
 )
 def test_whatever_happens_every_unit_arrives(events):
-    """With feeders that come and go, each wanted unit is pending or held by somebody who is here."""
+    """With peers that come and go, each wanted unit is pending or held by somebody who is here."""
     leases, task, clock, here, held = Leases(), 0, 0.0, set(), {}
     arrived = []
     for event, who in [*events, ("join", 9), ("give", 0)]:

@@ -1,0 +1,143 @@
+"""Who has which units of work: given to whoever is free, given anew where a peer is gone or late.
+
+What comes of a unit is a pure function of it, so a unit may be with two peers, and whichever answers first is taken.
+What has been used is not noted here: that is its owner's place in the stream of units.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Unit = TypeVar("Unit")
+
+LATE = 3.0
+"""A unit is late after so many times what one takes at this peer."""
+LATE_SECONDS = 0.5
+"""And not before this."""
+MOST_ROOM = 512
+
+
+@dataclass
+class _Peer:
+    room: int
+    """Units that it may have at a time."""
+    held: dict[int, float] = field(default_factory=dict)  # task: when it was given
+    latency: float = 0.0
+    """Seconds from giving a unit to having its answer: a moving average, 0 before the first."""
+    pace: float = 0.0
+    """Seconds between two answers while it has units: a moving average, 0 before the first."""
+    last: float = 0.0
+
+    @property
+    def wait(self) -> float:
+        """When a further unit would be back, from now."""
+        return self.pace * (len(self.held) + 1)
+
+
+class Leases(Generic[Unit]):
+    """Not for several threads: its owner has a lock. Times are seconds of any one clock."""
+
+    def __init__(self) -> None:
+        self._peers: dict[Hashable, _Peer] = {}
+        self._units: dict[int, Unit] = {}  # wanted, and not here
+        self._pending: list[int] = []  # a heap of tasks that nobody has
+        self.unit_bytes = 0.0
+        """Of an answer: a moving average, 0 before the first."""
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    @property
+    def peers(self) -> int:
+        return len(self._peers)
+
+    @property
+    def room(self) -> int:
+        """Units that all peers together can have."""
+        return sum(peer.room for peer in self._peers.values())
+
+    def join(self, peer: Hashable, *, room: int) -> None:
+        self._peers[peer] = _Peer(max(1, room))
+
+    def leave(self, peer: Hashable) -> int:
+        """Take back what it has, for others; how many units that were."""
+        gone = self._peers.pop(peer, None)
+        back = [task for task in (gone.held if gone else ()) if task in self._units and not self._is_held(task)]
+        for task in back:
+            heapq.heappush(self._pending, task)
+        return len(back)
+
+    def add(self, task: int, unit: Unit) -> None:
+        self._units[task] = unit
+        heapq.heappush(self._pending, task)
+
+    def give(self, now: float) -> list[tuple[Hashable, int, Unit]]:
+        """What to ask of whom now: the first units first, each of the peer where it is back first."""
+        given: list[tuple[Hashable, int, Unit]] = []
+        while self._pending:
+            free = [
+                (peer.wait, len(peer.held), n) for n, peer in enumerate(self._peers.values()) if self._has_room(peer)
+            ]
+            if not free:
+                break
+            task = heapq.heappop(self._pending)
+            if task not in self._units:
+                continue
+            name = list(self._peers)[min(free)[2]]
+            given.append(self._give(name, task, now))
+        return given
+
+    def arrived(self, peer: Hashable, task: int, now: float, num_bytes: int = 0, *, idle: bool = False) -> bool:
+        """An answer is here; whether anybody wanted it. `idle`: the peer has nothing else to do."""
+        ours = self._peers.get(peer)
+        if ours is not None and (begun := ours.held.pop(task, None)) is not None:
+            ours.latency = _average(ours.latency, now - begun)
+            ours.pace = _average(ours.pace, now - max(begun, ours.last))
+            ours.last = now
+            if idle and (self._pending or len(ours.held) < ours.room):
+                ours.room = min(MOST_ROOM, ours.room + max(1, ours.room // 4))
+        if task not in self._units:
+            return False
+        del self._units[task]
+        if num_bytes:
+            self.unit_bytes = _average(self.unit_bytes, num_bytes)
+        return True
+
+    def hasten(self, task: int, now: float) -> list[tuple[Hashable, int, Unit]]:
+        """Ask another peer too for the unit that is waited for, if it is late and someone else is free."""
+        if task not in self._units:
+            return []
+        held = {name: peer for name, peer in self._peers.items() if task in peer.held}
+        others = [name for name, peer in self._peers.items() if name not in held and self._has_room(peer)]
+        if len(held) != 1 or not others:
+            return []
+        ((_, peer),) = held.items()
+        usual = max(LATE * max(peer.latency, peer.pace), LATE_SECONDS)
+        if now - peer.held[task] < usual:
+            return []
+        quickest = min(others, key=lambda name: self._peers[name].wait)
+        return [self._give(quickest, task, now)]
+
+    def clear(self) -> None:
+        """Nothing is wanted any more."""
+        self._units.clear()
+        self._pending.clear()
+        for peer in self._peers.values():
+            peer.held.clear()
+
+    def _give(self, name: Hashable, task: int, now: float) -> tuple[Hashable, int, Unit]:
+        self._peers[name].held[task] = now
+        return name, task, self._units[task]
+
+    def _has_room(self, peer: _Peer) -> bool:
+        return len(peer.held) < peer.room
+
+    def _is_held(self, task: int) -> bool:
+        return any(task in peer.held for peer in self._peers.values())
+
+
+def _average(before: float, now: float) -> float:
+    return now if before == 0.0 else before + 0.2 * (now - before)
