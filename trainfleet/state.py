@@ -7,7 +7,7 @@ read by three, and by a library that knows nothing of the one that wrote them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -92,3 +92,14 @@ def is_tensor(value: Any) -> bool:
     """Whether this is a torch tensor; asking does not import torch."""
     torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
     return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)
+
+
+def stateful_among(objects: Iterable[object]) -> dict[str, Stateful]:
+    """Those that have a state, by class name; of several of one class, the second is called `Name 2`."""
+    found: dict[str, Stateful] = {}
+    for each in objects:
+        if isinstance(each, Stateful):
+            name = type(each).__name__
+            number = sum(other.split(" ")[0] == name for other in found) + 1
+            found[name if number == 1 else f"{name} {number}"] = each
+    return found

@@ -6,6 +6,7 @@ import pytest
 from trainfleet.data.config import BatchConfig, DataConfig, SourceConfig
 from trainfleet.data.iterable import IterableBatches
 from trainfleet.data.loader import LocalBatches
+from trainfleet.data.pixels import Pixels
 from trainfleet.errors import ConfigError
 
 
@@ -50,6 +51,11 @@ def test_contradictions_name_all_the_numbers(given, ranks, sentence):
         (lambda: DataConfig(shards=0), "data.shards is 0"),
         (lambda: DataConfig(worker_restarts=-1), "data.worker_restarts is -1"),
         (lambda: DataConfig(transform="flip"), "import path"),
+        (lambda: DataConfig(on_device="pixel").open_on_device(), "import path such as"),
+        (
+            lambda: DataConfig(on_device="pixels", on_device_args={"men": 1}).open_on_device(),
+            "does not take",
+        ),
         (lambda: DataConfig().open_training(size=1), "data.source is not set"),
     ],
 )
@@ -97,3 +103,10 @@ def test_the_settings_are_read_from_a_recipe():
     assert found.evaluation.source == "text" and found.worker_timeout.total_seconds() == 5
     with pytest.raises(pydantic.ValidationError, match="workerz"):
         read({"workerz": 3})
+
+
+def test_what_is_done_on_the_device_is_a_short_name_a_function_or_a_class_with_args():
+    assert DataConfig().open_on_device() is None
+    assert isinstance(DataConfig(on_device="pixels", on_device_args={"mean": 0.5}).open_on_device(), Pixels)
+    assert DataConfig(on_device="builtins:list").open_on_device() == [], "a class is made"
+    assert DataConfig(on_device="builtins:len").open_on_device() is len

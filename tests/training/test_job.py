@@ -56,6 +56,18 @@ class Points(torch.utils.data.Dataset[Any]):
         return {"input": self.x[index], "target": self.x[index][:3].argmax()}
 
 
+class Bytes(Points):
+    """The points as uint8, which `unbyted` reads."""
+
+    def __getitem__(self, index: int) -> Any:
+        sample = super().__getitem__(index)
+        return {**sample, "input": (sample["input"] * 40 + 128).clamp(0, 255).to(torch.uint8)}
+
+
+def unbyted(batch: Any) -> Any:
+    return {**batch, "input": (batch["input"].float() - 128) / 40}
+
+
 def finish(model: Any, mesh: Any, folder: Path) -> dict[str, Any]:
     return {"sample": "a text", "own figure": 1.5} if mesh.is_main else {}
 
@@ -287,3 +299,11 @@ class Disk:
             Disk.failed += 1
             if self.failed == 2:
                 self.filler.unlink()
+
+
+def test_what_is_done_on_the_device_is_what_a_transform_does_before(tmp_path: Path) -> None:
+    """In training and in evaluation, to the bit: only what travels differs."""
+    args: dict[str, Any] = {"source": f"{__name__}:Bytes", "evaluation": {"source": f"{__name__}:Bytes"}}
+    before = job.run(recipe(tmp_path / "before", data={**args, "transform": f"{__name__}:unbyted"}))
+    on_device = job.run(recipe(tmp_path / "device", data={**args, "on_device": f"{__name__}:unbyted"}))
+    assert before.loss is not None and before == on_device

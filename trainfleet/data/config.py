@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trainfleet.data.feed.remote import RemoteBatches
 
 OnSkip = Callable[[int, str], None]
+ON_DEVICE = {"pixels": "trainfleet.data.pixels:Pixels"}
+"""The short names of `data.on_device`, and what each stands for."""
 REMOTE = "remote"
 """The source whose batches feeders make."""
 
@@ -113,6 +115,11 @@ class DataConfig:
     """Import path of a function sample -> sample, or (sample, rng) -> sample."""
     collate: str | None = None
     """Import path of a function from a list of samples to a batch. None: stacked."""
+    on_device: str | None = None
+    """What the trainer does to a batch on its device, so that bytes travel small: pixels (uint8 images to float32), or
+    the import path of a function batch -> batch."""
+    on_device_args: dict[str, Any] = field(default_factory=dict)
+    """For pixels: mean, std, channels. A class or function named by its path is called with them first."""
     shuffle: bool = True
     """Training samples in another order each epoch."""
     seed: int | None = None
@@ -147,6 +154,20 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and ":" not in value:
                 raise ConfigError(f"data.{name} is {value!r}; give its import path as package.module:name.")
+
+    def open_on_device(self) -> Callable[..., Any] | None:
+        """The function that `on_device` names."""
+        if self.on_device is None:
+            return None
+        found = load_object(ON_DEVICE.get(self.on_device, self.on_device), key="data.on_device")
+        if not self.on_device_args and self.on_device not in ON_DEVICE and not isinstance(found, type):
+            return found  # type: ignore[no-any-return]
+        try:
+            return found(**self.on_device_args)  # type: ignore[no-any-return]
+        except TypeError as exc:
+            raise ConfigError(
+                f"data.on_device {self.on_device!r} does not take data.on_device_args {self.on_device_args}: {exc}"
+            ) from exc
 
     def open_training(
         self,

@@ -20,6 +20,7 @@ from trainfleet.comm.group import Work
 from trainfleet.errors import DataError, PlanError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.arrival import Arrival, Prepare
 from trainfleet.parallel.clip import gradient_norm, scale_gradients_
 from trainfleet.parallel.lockstep import Lockstep
 from trainfleet.parallel.loss_scale import LossScaler
@@ -69,9 +70,9 @@ class Engine(Protocol):
 class NativeEngine:
     """The engine of models spread by `parallelize`: replicated or sharded, in any precision.
 
-    `loss_fn(output, batch)` gets what `forward(model, batch)` returned, in float32. With `seed`, random numbers of the
-    model are a function of (seed, step, micro-batch); with None, torch's generators are left alone. The first step
-    is held against the table of `precision`.
+    `loss_fn(output, batch)` gets what `forward(model, batch)` returned, in float32. `prepare(batch)` is called first,
+    on the device (see `Arrival`). With `seed`, random numbers of the model are a function of (seed, step,
+    micro-batch); with None, torch's generators are left alone. The first step is held against the table of `precision`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class NativeEngine:
         loss_fn: LossFunction,
         *,
         forward: Callable[[nn.Module, Batch], Any] | None = None,
+        prepare: Prepare | None = None,
         seed: int | None = 0,
     ) -> None:
         self.model = model
@@ -96,6 +98,7 @@ class NativeEngine:
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
+        self._arrive = Arrival(prepare, self.mesh, self.plan, seed)
         self._usage = Usage(model, self.spread.sharded)
         self._lockstep = Lockstep(model, self.mesh.data_axes)
         self._scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
@@ -134,11 +137,13 @@ class NativeEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         scale = self.loss_scale or 1.0
         for i, batch in enumerate(micro_batches):
-            if self._seed is not None:
-                seed_micro_batch(self._seed, self.steps, number_in_step(i, self.plan.microbatches, self.mesh.data_axes))
             with self.spread.micro_batch(last=i == len(micro_batches) - 1):
                 with phase("forward", self.model, self.optimizer):
-                    loss = self._loss(to_device(batch, device))
+                    here = self._arrive(batch, self.steps, i)
+                    if self._seed is not None:
+                        number = number_in_step(i, self.plan.microbatches, self.mesh.data_axes)
+                        seed_micro_batch(self._seed, self.steps, number)
+                    loss = self._loss(here)
                 self._usage.watch()
                 sums += as_numbers(loss, device)
                 if self._divisor is None:
@@ -245,7 +250,7 @@ class NativeEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         with phase("evaluation", self.model, self.optimizer), evaluating(self.model):
             for batch in batches:
-                sums += as_numbers(self._loss(to_device(batch, self.mesh.device)), self.mesh.device)
+                sums += as_numbers(self._loss(self._arrive.for_evaluation(batch)), self.mesh.device)
         self.spread.rest()
         self.mesh.data_axes.all_reduce_(sums).wait()
         total, weight = sums.tolist()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainfleet.batch import Batch
+from trainfleet.parallel.arrival import Prepare
 from trainfleet.parallel.deepspeed.engine import DeepSpeedEngine
 from trainfleet.parallel.engine import Engine, LossFunction, NativeEngine
 from trainfleet.parallel.pipeline.engine import PipelineEngine
@@ -21,10 +22,11 @@ def make_engine(
     loss_fn: LossFunction,
     *,
     forward: Callable[[nn.Module, Batch], Any] | None = None,
+    prepare: Prepare | None = None,
     seed: int | None = 0,
 ) -> Engine:
     """The Engine for `model`, which went through `parallelize`; arguments are those of `NativeEngine`."""
     if spread_of(model).plan.engine == "deepspeed":
-        return DeepSpeedEngine(model, optimizer, loss_fn, forward=forward, seed=seed)
+        return DeepSpeedEngine(model, optimizer, loss_fn, forward=forward, prepare=prepare, seed=seed)
     kind = PipelineEngine if spread_of(model).pipeline is not None else NativeEngine
-    return kind(model, optimizer, loss_fn, forward=forward, seed=seed)
+    return kind(model, optimizer, loss_fn, forward=forward, prepare=prepare, seed=seed)

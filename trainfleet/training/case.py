@@ -23,6 +23,8 @@ class Case:
     micro_batch: Callable[[int], Batch]
     """The micro-batch of a number: step * (ranks * accumulation) + place in the step."""
     optimizer: Callable[[nn.Module], Optimizer]
+    prepare: Callable[[Batch], Batch] | None = None
+    """What is done to micro-batches on the device."""
     steps: int = 3
     accumulation: int = 1
     """Micro-batches of a rank in a step."""

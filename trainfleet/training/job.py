@@ -120,7 +120,8 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         observers += [load_object(path, key="train.observers")() for path in recipe.train.observers]
 
         seed_generators(recipe.train.seed, mesh.data_axes.rank)
-        example = _example(recipe, given, micro) if recipe.plan.pp > 1 else None
+        prepare = recipe.data.open_on_device()
+        example = _example(recipe, given, micro, prepare) if recipe.plan.pp > 1 else None
         model = parallelize(build_model(recipe, given), mesh, recipe.plan, example=example)
         optimizer = build_optimizer(
             recipe.optimizer.name,
@@ -156,6 +157,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             checkpointer=checkpointer,
             save_every=recipe.checkpoint.every,
             observers=observers,
+            prepare=prepare,
             step_fn=load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None,
             finish=_finish(recipe, model, mesh, folder),
             metadata=metadata,
@@ -175,11 +177,11 @@ def _refuse_schedule(plan: Plan, accumulation: int) -> None:
         refuse_micro_batches(plan, accumulation * plan.microbatches)
 
 
-def _example(recipe: Recipe, given: Given, size: int) -> Batch:
-    """The first micro-batch of the recipe's stream, from a stream of its own."""
+def _example(recipe: Recipe, given: Given, size: int, prepare: Callable[..., Batch] | None) -> Batch:
+    """The first micro-batch of the recipe's stream, from a stream of its own, as the model gets it."""
     batches = recipe.data.open_training(size=size, seed=recipe.train.seed, source=given.source)
     try:
-        return next(batches)
+        return prepare(next(batches)) if prepare is not None else next(batches)
     finally:
         _close(batches)
 

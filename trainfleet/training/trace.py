@@ -58,7 +58,7 @@ def trace(case: Case, plan: Plan, mesh: Mesh, choices: Choices | None = None) ->
 
     torch.manual_seed(case.seed)
     model = parallelize(case.build(), mesh, plan, example=case.micro_batch(0))
-    engine = make_engine(model, case.optimizer(model), case.loss_fn, seed=case.seed)
+    engine = make_engine(model, case.optimizer(model), case.loss_fn, prepare=case.prepare, seed=case.seed)
     found: Trace = {}
     ranks = mesh.data_axes.size
     for step in range(case.steps):

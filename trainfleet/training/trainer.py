@@ -29,7 +29,7 @@ from trainfleet.parallel import Ema, Engine, make_engine
 from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.parallel.spread import num_parameters
-from trainfleet.state import Stateful
+from trainfleet.state import Stateful, stateful_among
 from trainfleet.training.anomaly import Anomalies
 from trainfleet.training.failure import note_step
 from trainfleet.training.last_save import refuse_unsaved_end
@@ -52,8 +52,8 @@ class Trainer:
 
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
     restore; observers that are Stateful are saved as well. `step_fn(engine, micro_batches) -> LossSum` takes the place
-    of `engine.forward_backward`. `finish` is called when all steps are done; what it returns stands in the summary of
-    the run, a text named `sample` above it.
+    of `engine.forward_backward`; `prepare(batch)` is called first, on the device. `finish` is called when all
+    steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Trainer:
         save_every: int | None = None,
         observers: Sequence[Observer] = (),
         states: Mapping[str, Stateful] | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
         step_fn: Callable[[Engine, Sequence[Batch]], LossSum] | None = None,
         finish: Callable[[], Mapping[str, float | str]] | None = None,
         engine: Engine | None = None,
@@ -81,7 +82,7 @@ class Trainer:
         self.config = config or TrainConfig()
         self.mesh = mesh
         self._num_parameters = num_parameters(model)  # an engine may cut them
-        self.engine = engine or make_engine(model, optimizer, loss_fn, seed=self.config.seed)
+        self.engine = engine or make_engine(model, optimizer, loss_fn, prepare=prepare, seed=self.config.seed)
         self.model = model
         self.optimizer = optimizer
         self.batches = batches
@@ -98,7 +99,7 @@ class Trainer:
         self._evaluation = evaluation
         self._checkpointer = checkpointer
         self._save_every = save_every
-        self._states = {**_states_of(observers), **(states or {})}
+        self._states = {**stateful_among(observers), **(states or {})}
         self._step_fn = step_fn or (lambda engine, micro_batches: engine.forward_backward(micro_batches))
         self._finish = finish
         self._metadata = metadata or {}
@@ -387,14 +388,3 @@ class Trainer:
 
     def _emit(self, event: Event) -> None:
         self.observers.emit(event)
-
-
-def _states_of(observers: Sequence[Observer]) -> dict[str, Stateful]:
-    """Those observers that have a state, by class name; of several of one class, the second is called `Name 2`."""
-    found: dict[str, Stateful] = {}
-    for observer in observers:
-        if isinstance(observer, Stateful):
-            name = type(observer).__name__
-            number = sum(each.split(" ")[0] == name for each in found) + 1
-            found[name if number == 1 else f"{name} {number}"] = observer
-    return found

@@ -42,6 +42,7 @@ def case_of(recipe: Recipe, ranks: int, *, steps: int, accumulation: int) -> Cas
         loss_fn=loss_by_name(recipe.loss),
         micro_batch=_MicroBatches(recipe, recipe.batch.resolve(ranks)[0]),
         optimizer=functools.partial(_optimizer, recipe, recipe.batch.resolve(ranks)[2]),
+        prepare=recipe.data.open_on_device(),
         steps=steps,
         accumulation=accumulation,
         clip_norm=recipe.train.clip_norm,

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainfleet.batch import Batch, to_device
+from trainfleet.batch import Batch
 from trainfleet.errors import DataError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
+from trainfleet.parallel.arrival import Arrival, Prepare
 from trainfleet.parallel.clip import gradient_norm, norm_of_pieces, scale_gradients_
 from trainfleet.parallel.deepspeed import library
 from trainfleet.parallel.deepspeed.config import settings
@@ -58,6 +59,7 @@ class DeepSpeedEngine:
         loss_fn: LossFunction,
         *,
         forward: Callable[[nn.Module, Batch], Any] | None = None,
+        prepare: Prepare | None = None,
         seed: int | None = 0,
     ) -> None:
         self.model = model
@@ -72,6 +74,7 @@ class DeepSpeedEngine:
         self._loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
+        self._arrive = Arrival(prepare, self.mesh, self.plan, seed)
         self._names = NamedModel(model, optimizer)
         self._use = Use(model)
         self.scaler = LossScaler(self.plan.loss_scale) if self.plan.precision == "fp16" else None
@@ -111,11 +114,12 @@ class DeepSpeedEngine:
         scale = self.loss_scale or 1.0
         self._use.start()
         for i, batch in enumerate(micro_batches):
+            here = self._arrive(batch, self.steps, i)
             if self._seed is not None:
                 seed_micro_batch(self._seed, self.steps, number_in_step(i, self.plan.microbatches, self.mesh.data_axes))
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with phase("forward", self.model, self.optimizer), said_of_stage_3(self.plan):
-                loss = self._loss(self._deepspeed, to_device(batch, device))
+                loss = self._loss(self._deepspeed, here)
             sums += as_numbers(loss, device)
             if self.divisor is None:
                 self.divisor = self._agree_on_divisor(sums[1].item(), len(micro_batches))
@@ -216,7 +220,7 @@ class DeepSpeedEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         with phase("evaluation", self.model, self.optimizer), evaluating(self.model):
             for batch in batches:
-                sums += as_numbers(self._loss(self.model, to_device(batch, self.mesh.device)), self.mesh.device)
+                sums += as_numbers(self._loss(self.model, self._arrive.for_evaluation(batch)), self.mesh.device)
         self.mesh.data_axes.all_reduce_(sums).wait()
         total, weight = sums.tolist()
         return LossSum(total, weight)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from trainfleet.batch import Batch, to_device
+from trainfleet.batch import Batch
 from trainfleet.loss import LossSum
 from trainfleet.parallel.clip import gradient_norm
 from trainfleet.parallel.context.handover import Handover
@@ -76,7 +76,7 @@ class PipelineEngine(NativeEngine):
 
     def _run(self, micro_batches: Sequence[Batch]) -> LossSum:
         try:
-            return self._run_schedule([to_device(batch, self.mesh.device) for batch in micro_batches])
+            return self._run_schedule([self._arrive(batch, self.steps, i) for i, batch in enumerate(micro_batches)])
         except BaseException:
             self.spread.forget_step()
             raise
@@ -208,7 +208,7 @@ class PipelineEngine(NativeEngine):
         with phase("evaluation", self.model, self.optimizer), evaluating(self.model):
             pending: list[Batch] = []
             for batch in batches:
-                pending.append(to_device(batch, self.mesh.device))
+                pending.append(self._arrive.for_evaluation(batch))
                 if len(pending) == 2 * self.pipeline.stages.count:  # enough to keep all stages at work
                     self._evaluate(pending, sums)
                     pending = []
