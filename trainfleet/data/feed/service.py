@@ -8,7 +8,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple
 
@@ -17,21 +16,17 @@ from trainfleet.data.feed.session import Session
 from trainfleet.data.feed.stock import Stock
 from trainfleet.data.feed.workshop import Workshop
 from trainfleet.data.loader import LocalBatches
-from trainfleet.errors import ConfigError, NotAdmitted, PeerError
+from trainfleet.errors import PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
-from trainfleet.net.dial import dial, peer_of
+from trainfleet.net.dial import peer_of
 from trainfleet.net.frames import Limits
 from trainfleet.net.listener import Listener
-from trainfleet.net.probe import ROLE, answer_probe
-from trainfleet.net.token import Token, is_token
+from trainfleet.net.reception import Reception
+from trainfleet.net.token import Token
 
 logger = logging.getLogger(__name__)
-
-_A_WHILE = timedelta(seconds=1)
-_TRAINERS = ("trainer",)
-_GUESTS = (*_TRAINERS, ROLE)
 
 
 class Served(NamedTuple):
@@ -75,29 +70,35 @@ class DataService:
         credentials: Credentials | None = None,
         limits: Limits | None = None,
     ) -> None:
-        if address is None and via is None and not dials:
-            raise ConfigError("A data service needs an address to listen at, a relay, or trainers to connect to.")
         streams = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
         self.stock = Stock(streams)
-        self._workers = training.crew
-        self._where, self._via = address, via
-        self._dials = [Token.parse(to) if isinstance(to, str) and is_token(to) else to for to in dials]
-        self.credentials, self._limits = credentials or Credentials(), limits or Limits()
+        self._workers, self._limits = training.crew, limits or Limits()
+        self.reception = Reception(
+            self._feed,
+            role="feeder",
+            guest="trainer",
+            address=address,
+            dials=dials,
+            via=via,
+            credentials=credentials,
+        )
         self._sessions: dict[Session, str] = {}
-        self._probes: set[socket.socket] = set()
         self._done_batches = self._done_bytes = 0  # of trainers that have gone
         self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
         self._opened = ExitStack()
-        self.listener: Listener | None = None
 
     @property
     def address(self) -> Address:
         """Where it listens, with the port that was chosen for port 0."""
-        if self.listener is None:
-            raise ConfigError("This data service does not listen: it is not open, or only connects to trainers.")
-        return self.listener.address
+        return self.reception.address
+
+    @property
+    def listener(self) -> Listener | None:
+        return self.reception.listener
+
+    @property
+    def credentials(self) -> Credentials:
+        return self.reception.credentials
 
     def open(self) -> DataService:
         assert isinstance(self._workers, Workers)
@@ -108,13 +109,7 @@ class DataService:
         try:
             self._workshop = Workshop(crew)
             self._opened.callback(self._workshop.close)
-            if self._where is not None or self._via is not None:
-                self.listener = self._opened.enter_context(
-                    Listener(self._where, credentials=self.credentials, role="feeder", admits=_GUESTS, via=self._via)
-                )
-                self._start(self._accept)
-            for place in self._dials:
-                self._start(self._dial, place)
+            self.reception.open()
         except BaseException:
             self.close()
             raise
@@ -122,27 +117,21 @@ class DataService:
 
     def serve(self) -> None:
         with self.open(), suppress(KeyboardInterrupt):
-            self._closing.wait()
+            self.reception.closing.wait()
 
     def close(self) -> None:
         """End all connections and workers; what was asked for is asked of others. May be called twice."""
-        self._closing.set()
+        self.reception.stop()
         with self._lock:
             sessions = list(self._sessions)
-            for probe in self._probes:
-                with suppress(OSError):
-                    socket.socket.shutdown(probe, socket.SHUT_RDWR)  # below TLS, which its own thread reads
         for session in sessions:
             session.close()
         self._opened.close()
-        for thread in self._threads:
-            thread.join(30)
+        self.reception.close()
 
     def token(self, addresses: Sequence[str | Address] = ()) -> Token:
         """What a trainer needs to come in; `addresses`: as it calls this host."""
-        if self.listener is None:
-            raise ConfigError("This data service does not listen: it is not open, or only connects to trainers.")
-        return self.listener.token(addresses)
+        return self.reception.token(addresses)
 
     def __enter__(self) -> DataService:
         return self
@@ -171,55 +160,6 @@ class DataService:
     def worker_pids(self) -> list[int]:
         return self._workshop.pids
 
-    def _start(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, name="trainfleet-feed", daemon=True)  # type: ignore[arg-type]
-        self._threads = [other for other in self._threads if other.is_alive()]
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        assert self.listener is not None
-        while not self._closing.is_set():
-            try:
-                sock = self.listener.accept(_A_WHILE)
-            except TimeoutError:
-                continue
-            except PeerError:
-                return  # closed
-            self._start(self._answer_probe if peer_of(sock).role == ROLE else self._feed, sock)
-
-    def _answer_probe(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._probes.add(sock)
-        try:
-            if not self._closing.is_set():
-                answer_probe(sock)
-        finally:
-            with self._lock:
-                self._probes.discard(sock)
-            sock.close()
-
-    def _dial(self, place: str | Address | Token) -> None:
-        """Be there for a trainer that listens: connect, and when it has gone, wait for it again."""
-        while not self._closing.is_set():
-            try:
-                sock = dial(
-                    place,
-                    credentials=None if isinstance(place, Token) else self.credentials,
-                    role="feeder",
-                    admits=_TRAINERS,
-                    timeout=timedelta(days=365),
-                    closing=self._closing,
-                )
-            except NotAdmitted as exc:
-                logger.error("%s", exc)
-                return
-            except PeerError as exc:
-                logger.info("%s", exc)
-                continue
-            self._feed(sock)
-            self._closing.wait(0.2)
-
     def _feed(self, sock: socket.socket) -> None:
         who = peer_of(sock).address
         try:
@@ -229,7 +169,7 @@ class DataService:
             return
         with self._lock:
             self._sessions[session] = who
-        if self._closing.is_set():
+        if self.reception.closing.is_set():
             session.close()
         logger.info("Trainer %s is here.", who)
         try:
