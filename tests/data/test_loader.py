@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainfleet.batch import BatchStream
 from trainfleet.data.loader import LocalBatches
-from trainfleet.data.order import epoch_order
+from trainfleet.data.order import Blocks, epoch_order
 from trainfleet.errors import DataError
 
 
@@ -285,3 +285,20 @@ def test_impossible_settings_are_refused(settings, sentence):
 def test_an_iterable_is_sent_to_the_other_class():
     with pytest.raises(DataError, match="IterableBatches"):
         LocalBatches(iter([1, 2]), size=1)
+
+
+def test_a_position_in_another_window_of_blocks_is_refused():
+    class Blocky(list):
+        def expect(self, present, ahead):
+            pass
+
+    def stream(window):
+        source = Blocky(range(40))
+        source.blocks = Blocks((8,) * 5, window)
+        return LocalBatches(source, size=4)
+
+    state = stream(2).state_dict()
+    stream(2).load_state_dict(state)
+    LocalBatches(list(range(40)), size=4).load_state_dict(state)
+    with pytest.raises(DataError, match="windows of 2 shards, but this source has windows of 3"):
+        stream(3).load_state_dict(state)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfleet.data.order import epoch_order
+from trainfleet.data.order import Blocks, epoch_order
 from trainfleet.data.sampler import Sampler, Span, next_span, share_of
 from trainfleet.errors import DataError
 
@@ -104,3 +104,14 @@ def test_a_position_in_another_dataset_is_refused():
     state = Sampler(10, size=2).state_dict()
     with pytest.raises(DataError, match="10 samples, but this one has 11"):
         Sampler(11, size=2).load_state_dict(state)
+
+
+def test_a_sampler_of_a_source_in_blocks_has_the_order_of_its_blocks():
+    class Blocky:
+        blocks = Blocks((8,) * 5, 2)
+
+        def __len__(self):
+            return 40
+
+    order = list(epoch_order(num_samples=40, seed=3, blocks=Blocky.blocks))
+    assert list(Sampler(Blocky(), size=4, seed=3)) == order != list(epoch_order(num_samples=40, seed=3))

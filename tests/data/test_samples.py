@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 
+from trainfleet.data.loader import LocalBatches
+from trainfleet.data.order import Blocks
 from trainfleet.data.sampler import Span
 from trainfleet.data.samples import STAND_IN_TRIES, IndexedMaker, Transform, sample_rng, takes_rng
 from trainfleet.errors import DataError
@@ -90,3 +92,34 @@ def test_a_repeated_sample_that_is_bad_is_not_counted_twice():
     made = maker(Bad(1), short="pad").make(Span(0, 4, 6), progress=lambda index: None, poison=())
     batch, weights = made.batch
     assert made.skipped == () and weights.tolist() == [1, 1, 0, 0] and batch.tolist() == [4, 5, 4, 1]
+
+
+class Blocky:
+    """Samples in blocks of 5, which says what it was told."""
+
+    def __init__(self, count=40):
+        self.blocks = Blocks((5,) * (count // 5), 2)
+        self.told: list[tuple[list[int], list[int]]] = []
+
+    def __len__(self):
+        return sum(self.blocks.sizes)
+
+    def __getitem__(self, index):
+        self.still_there()
+        return {"index": index}
+
+    def expect(self, present, ahead):
+        self.told.append((present, ahead))
+
+
+def test_a_source_in_blocks_is_read_window_by_window_and_told_what_comes():
+    source, steps = Blocky(), []
+    maker = LocalBatches(source, size=10, seed=1).maker
+    windows = []
+    for begin in range(0, 40, 10):
+        made = maker.make(Span(0, begin, begin + 10), progress=steps.append, poison=())
+        windows.append({index // 5 for index in made.batch["index"].tolist()})
+    assert all(len(window) == 2 for window in windows) and set().union(*windows) == set(range(8))
+    assert [set(present) for present, _ in source.told] == windows
+    assert source.told[0][1][0] in windows[1], "the next window is foretold"
+    assert steps.count(-1) == 40, "waiting is progress"

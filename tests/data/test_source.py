@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from trainfleet.data.source import SOURCES, Source, is_indexed, open_source
+from trainfleet.data.order import Blocks
+from trainfleet.data.source import SOURCES, Source, blocks_of, is_indexed, open_source
 from trainfleet.errors import ConfigError, DataError, DependencyError
 
 
@@ -97,3 +98,12 @@ def test_every_short_name_stands_for_something(here):
 def test_importing_data_imports_no_torch_no_arrow_and_no_pillow():
     code = "import sys, trainfleet.data; print(sorted({'torch', 'pyarrow', 'PIL', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_only_blocks_are_blocks():
+    class Source(list):
+        blocks = (4, 4)
+
+    assert blocks_of(Source([1])) is None and blocks_of([1]) is None
+    Source.blocks = Blocks((4, 4), 1)
+    assert blocks_of(Source([1])) == Blocks((4, 4), 1)

@@ -11,7 +11,7 @@ from trainfleet.data.collate import torch_installed
 from trainfleet.data.crew import Workers
 from trainfleet.data.sampler import Short
 from trainfleet.data.samples import Bad, IndexedMaker, Transform, name_of
-from trainfleet.data.source import Source, is_indexed
+from trainfleet.data.source import Source, blocks_of, is_indexed
 from trainfleet.data.workers import StartMethod
 from trainfleet.errors import DataError
 
@@ -112,6 +112,16 @@ class LocalBatches(IndexedBatches):
             on_skip=on_skip,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        blocks = blocks_of(self.maker.source)
+        return super().state_dict() | ({"window": blocks.window} if blocks is not None else {})
+
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        blocks = blocks_of(self.maker.source)
+        if blocks is not None and self.shuffle and state.get("window", blocks.window) != blocks.window:
+            raise DataError(
+                f"The saved position is one of an order in windows of {state['window']} shards, but this source has "
+                f"windows of {blocks.window}, so it would repeat and lose samples. Keep window={state['window']}."
+            )
         super().load_state_dict(state)
         self.maker.transform.seed = self.seed

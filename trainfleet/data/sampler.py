@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainfleet.data.order import Indices, indices_at
+from trainfleet.data.source import blocks_of
 from trainfleet.errors import DataError
 
 Short: TypeAlias = Literal["drop", "pad", "keep"]
@@ -119,6 +120,7 @@ class Sampler:
         position: int = 0,
     ) -> None:
         self.num_samples = source if isinstance(source, int) else len(source)
+        self.blocks = blocks_of(source)
         check_places(self.num_samples, size=size, rank=rank, world_size=world_size, short=short, name="The dataset")
         self.size, self.rank, self.world_size = size, rank, world_size
         self.seed, self.shuffle, self.short = seed, shuffle, short
@@ -131,7 +133,12 @@ class Sampler:
         while span.epoch == epoch:
             share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
             indices = indices_at(
-                share.positions, num_samples=self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle
+                share.positions,
+                num_samples=self.num_samples,
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.shuffle,
+                blocks=self.blocks,
             ).tolist()
             yield from indices[:-1]
             self._place = (epoch, span.end)  # before the last one: a loader need not ask beyond it

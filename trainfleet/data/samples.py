@@ -8,14 +8,14 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 
 from trainfleet.data.collate import add_weights, stack_samples
 from trainfleet.data.order import indices_at
 from trainfleet.data.sampler import Share, Short, Span, share_of
-from trainfleet.data.source import Source
+from trainfleet.data.source import BlockSource, Source, blocks_of
 from trainfleet.errors import DataError
 from trainfleet.imports import imported
 
@@ -71,6 +71,7 @@ class IndexedMaker:
         skipped: list[tuple[int, str]] = []
         bad_slots: list[int] = []
         indices = self._indices(share.positions, span.epoch)
+        self._expect(span, progress)
         for slot, index in enumerate(indices):
             progress(index)
             try:
@@ -93,9 +94,18 @@ class IndexedMaker:
 
     def _indices(self, positions: Any, epoch: int) -> list[int]:
         n, seed = len(self.source), self.transform.seed
-        order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle)
+        blocks = blocks_of(self.source)
+        order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle, blocks=blocks)
         found: list[int] = order.tolist()
         return found
+
+    def _expect(self, span: Span, progress: Progress) -> None:
+        """Tell a source that fetches blocks which ones come, and whom to tell that it is at it."""
+        if (blocks := blocks_of(self.source)) is None:
+            return
+        source = cast(BlockSource, self.source)
+        source.still_there = lambda: progress(-1)
+        source.expect(*blocks.coming(span.begin, seed=self.transform.seed, epoch=span.epoch, shuffle=self.shuffle))
 
     def _sample(self, index: int, epoch: int, poison: Collection[int]) -> Any:
         if index in poison:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from trainfleet.data.order import Blocks
 from trainfleet.errors import ConfigError, DataError, TrainfleetError
 from trainfleet.imports import load_object
 
@@ -18,6 +19,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class BlockSource(Source, Protocol):
+    """A source whose samples lie in blocks that have to be fetched, and which is told what comes."""
+
+    blocks: Blocks
+    still_there: Callable[[], None]
+    """Called while a sample is waited for and its bytes come, so that nobody takes its process for hung."""
+
+    def expect(self, present: Sequence[int], ahead: Sequence[int]) -> None:
+        """The blocks that are in use now, and those to have ready soon, in their order."""
 
 
 SOURCES = {
@@ -72,6 +84,12 @@ def _checked(source: Any, kind: str) -> Any:
             f"The source {kind} gave a {type(source).__name__}, which has neither len() and [index] nor an iterator."
         )
     return source
+
+
+def blocks_of(source: Any) -> Blocks | None:
+    """The blocks of a source that has them."""
+    found = getattr(source, "blocks", None)
+    return found if isinstance(found, Blocks) else None
 
 
 def is_indexed(source: Any) -> bool:

@@ -10,6 +10,7 @@ from data.feed.made import Numbers, local, same
 
 from trainfleet.data.feed.stock import Stock, digest_of
 from trainfleet.data.feed.terms import Terms, Unit
+from trainfleet.data.order import Blocks
 from trainfleet.errors import DataError
 
 TERMS = Terms(stream="training", size=8, rank=0, world_size=1, seed=3, shuffle=True, short="drop", bad="raise")
@@ -69,3 +70,12 @@ def test_an_object_is_known_by_its_words_not_by_its_place_in_memory():
             return sample
 
     assert digest_of(local(transform=Twice()).maker) == digest_of(local(transform=Twice()).maker)
+
+
+def test_feeders_whose_blocks_or_windows_differ_are_told_apart():
+    digests = set()
+    for blocks in [None, Blocks((50, 50), 1), Blocks((60, 40), 1), Blocks((50, 50), 2)]:
+        source = Numbers()
+        source.blocks = blocks
+        digests.add(digest_of(local(source).maker))
+    assert len(digests) == 4

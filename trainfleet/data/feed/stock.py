@@ -17,6 +17,7 @@ from trainfleet.data.feed.terms import Offer, Terms, Unit
 from trainfleet.data.loader import LocalBatches
 from trainfleet.data.sampler import Span, check_places
 from trainfleet.data.samples import IndexedMaker, Made, Progress, Transform, name_of
+from trainfleet.data.source import blocks_of
 from trainfleet.errors import DataError
 
 MOST_TERMS = 256
@@ -88,7 +89,7 @@ class Stock:
 
 
 def digest_of(maker: IndexedMaker) -> str:
-    """Of the number of samples, of the first, middle and last one as they are, and of transform and collate."""
+    """Of the number of samples, their blocks, the first, middle and last one as they are, and of transform and collate."""
     source = maker.source
     hashed = hashlib.blake2b(digest_size=16)
     with maker.transform.kept_randomness():
@@ -99,6 +100,8 @@ def digest_of(maker: IndexedMaker) -> str:
             except Exception as exc:  # a bad sample is one on every feeder
                 hashed.update(type(exc).__name__.encode())
     words = [len(source), type(source).__qualname__, _identity(maker.transform.function), _identity(maker.collate)]
+    if (blocks := blocks_of(source)) is not None:
+        words += [blocks.sizes, blocks.window]
     hashed.update(repr(words).encode())
     return hashed.hexdigest()
 
