@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="scikit-learn has the digits, and is not i
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "recipes"))
 
-from digits import Digits  # noqa: E402
+from handwritten_digits import Digits  # noqa: E402
 
 from trainfleet.config import load_config  # noqa: E402
 from trainfleet.training.job import run  # noqa: E402
