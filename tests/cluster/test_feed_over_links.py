@@ -13,7 +13,8 @@ from datetime import timedelta
 import pytest
 from data.feed.made import local, same
 
-from trainfleet.data.feed import DataService, RemoteBatches, feeder, session
+from trainfleet.data.feed import DataService, RemoteBatches, session
+from trainfleet.net import line
 from trainfleet.net.address import Address
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.link import Link
@@ -26,7 +27,7 @@ BATCHES_AN_EPOCH = 12  # of 8 out of 100 samples, the short last one left out
 @pytest.fixture(autouse=True)
 def soon_noticed(monkeypatch) -> None:
     """Silence counts as an end after 1 s instead of 10."""
-    for module in (feeder, session):
+    for module in (line, session):
         monkeypatch.setattr(module, "ALIVE_SECONDS", 0.2)
         monkeypatch.setattr(module, "SILENCE_SECONDS", 1.0)
 

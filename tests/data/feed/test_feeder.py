@@ -9,9 +9,9 @@ import time
 import pytest
 from data.feed.test_terms import OFFER, UNIT
 
-from trainfleet.data.feed import feeder as feeder_module
 from trainfleet.data.feed.feeder import Feeder
 from trainfleet.errors import NotAdmitted, PeerError
+from trainfleet.net import line
 from trainfleet.net.channel import Channel
 
 OFFERED = {"streams": {"training": OFFER.to_plain()}, "host": "cpu-0", "workers": 3}
@@ -106,7 +106,7 @@ def test_closed_while_it_connects_it_ends():
 
 
 def test_silence_ends_the_connection(monkeypatch):
-    monkeypatch.setattr(feeder_module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(line, "SILENCE_SECONDS", 0.3)
     heard = Heard()
     try:
         assert heard.next()[0] == "joined"
@@ -117,7 +117,7 @@ def test_silence_ends_the_connection(monkeypatch):
 
 
 def test_it_says_that_the_trainer_is_alive(monkeypatch):
-    monkeypatch.setattr(feeder_module, "ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(line, "ALIVE_SECONDS", 0.1)
     heard = Heard()
     try:
         heard.next()

@@ -13,13 +13,10 @@ from trainfleet.data.feed.workshop import Finished, Workshop
 from trainfleet.data.samples import Made
 from trainfleet.errors import DataError, PeerError, TrainfleetError
 from trainfleet.net.channel import Channel, Message
+from trainfleet.net.line import ALIVE_SECONDS, SILENCE_SECONDS
 
 logger = logging.getLogger(__name__)
 
-ALIVE_SECONDS = 2.0
-"""Whoever has nothing to say for so long says that it is alive."""
-SILENCE_SECONDS = 10.0
-"""Whoever said nothing for so long is taken for gone."""
 MOST_ASKED = 4096
 """Units that one trainer may have asked for at a time."""
 
