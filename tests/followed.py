@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainfleet.batch import call_with_batch
 from trainfleet.parallel.blocks import find_blocks
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.pipeline.graph import Graph, Named
 from trainfleet.parallel.pipeline.program import Program
 from trainfleet.parallel.pipeline.record import record, tensors_of

@@ -10,9 +10,9 @@ import torch
 from models import MODELS
 from torch import Tensor, nn
 
+from trainfleet.batch import call_with_batch
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.plan import Plan
 from trainfleet.training.case import Case
 from trainfleet.training.trace import trace

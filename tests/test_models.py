@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parent))
 
 from models import MODELS, Case  # noqa: E402
 
+from trainfleet.batch import call_with_batch  # noqa: E402
 from trainfleet.loss import LossSum  # noqa: E402
 from trainfleet.parallel.blocks import find_blocks  # noqa: E402
-from trainfleet.parallel.engine import call_with_batch  # noqa: E402
 from trainfleet.parallel.shard import shared_parameters  # noqa: E402
 
 cases = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())

@@ -99,3 +99,19 @@ def cut_batch(batch: Batch, parts: int) -> list[Batch]:
 def to_device(batch: Batch, device: Any) -> Batch:
     """The batch on `device`; copies from pinned memory do not wait for the device."""
     return map_arrays(lambda array: array.to(device, non_blocking=True) if hasattr(array, "to") else array, batch)
+
+
+def call_with_batch(model: Callable[..., Any], batch: Batch) -> Any:
+    """How a model is called unless the recipe says otherwise.
+
+    (inputs, labels) pairs and dicts with `input` or `inputs` give the model that part; other dicts go in as
+    keyword arguments; anything else as it is.
+    """
+    if isinstance(batch, Mapping):
+        for key in ("input", "inputs"):
+            if key in batch:
+                return model(batch[key])
+        return model(**batch)
+    if isinstance(batch, list | tuple) and len(batch) == 2 and not hasattr(batch, "_fields"):
+        return model(batch[0])
+    return model(batch)

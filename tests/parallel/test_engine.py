@@ -13,11 +13,11 @@ from oracle import hold, whole
 from rank_pool import RankPools
 from torch import Tensor, nn
 
+from trainfleet.batch import call_with_batch
 from trainfleet.errors import DataError, PlanError, TrainfleetError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, parallelize
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.plan import LossScale, Plan
 from trainfleet.training.case import Case
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainfleet.batch import Batch, cut_batch, to_device
+from trainfleet.batch import Batch, call_with_batch, cut_batch, to_device
 from trainfleet.comm.group import Work
 from trainfleet.errors import DataError, PlanError
 from trainfleet.loss import LossSum
@@ -348,22 +348,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def call_with_batch(model: nn.Module, batch: Batch) -> Any:
-    """How a model is called unless the recipe says otherwise.
-
-    (inputs, labels) pairs and dicts with `input` or `inputs` give the model that part; other dicts go in as
-    keyword arguments; anything else as it is.
-    """
-    if isinstance(batch, Mapping):
-        for key in ("input", "inputs"):
-            if key in batch:
-                return model(batch[key])
-        return model(**batch)
-    if isinstance(batch, list | tuple) and len(batch) == 2 and not hasattr(batch, "_fields"):
-        return model(batch[0])
-    return model(batch)
 
 
 def checked_loss(value: Any) -> LossSum:

@@ -7,9 +7,9 @@ import torch
 from alone import AloneMesh
 from models import MODELS
 
+from trainfleet.batch import call_with_batch
 from trainfleet.errors import PlanError
 from trainfleet.parallel.blocks import find_blocks
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.pipeline import Pipeline, deal_out
 from trainfleet.parallel.pipeline.graph import Named
 from trainfleet.plan import Plan

@@ -10,8 +10,8 @@ from followed import in_stages, run_in_turn
 from models import MODELS
 from torch import Tensor, nn
 
+from trainfleet.batch import call_with_batch
 from trainfleet.errors import PlanError
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.pipeline.record import tensors_of
 
 COUNTS = {"transformer": 4, "convolutional": 5, "recurrent": 4, "scalars": 5, "own_loss": 3}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainfleet.batch import Batch
+from trainfleet.batch import Batch, call_with_batch
 from trainfleet.errors import DataError
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
@@ -28,7 +28,6 @@ from trainfleet.parallel.deepspeed.use import Use, refuse_for_deepspeed, said_of
 from trainfleet.parallel.engine import (
     LossFunction,
     as_numbers,
-    call_with_batch,
     checked_loss,
     evaluating,
     first_step,

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from trainfleet.batch import Batch, cut_batch
+from trainfleet.batch import Batch, call_with_batch, cut_batch
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
-from trainfleet.parallel.engine import call_with_batch
 from trainfleet.parallel.experts.apply import by_shape
 from trainfleet.parallel.pipeline.cut import is_held
 from trainfleet.parallel.pipeline.pipe import Pipeline
