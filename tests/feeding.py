@@ -79,10 +79,11 @@ def read_job(path: Path, *overrides: str) -> Recipe:
 class FeederProcess:
     """`trainfleet feed` with what it has said so far; ended by `stop`, and by the end of a `with`."""
 
-    def __init__(self, recipe: Path, *arguments: str) -> None:
+    def __init__(self, recipe: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trainfleet.cli.main", "feed", str(recipe), *arguments],
             cwd=recipe.parent,
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from feeding import FeederProcess, read_job, write_job
+from ssh_host import ssh_in_path
 
 from trainfleet.cli.feed import _LiveLine, _places
 from trainfleet.cli.main import main
@@ -77,6 +78,18 @@ def test_off_loopback_a_token_is_printed_and_kept(path: Path, tmp_path: Path) ->
         assert again.stop() == 0
 
 
+def test_a_tunnel_brings_trainers_where_nobody_can_dial(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="what goes through a tunnel needs TLS, and so the extra `net`")
+    options = ["--listen", "127.0.0.1:0", "--tunnel", "ssh:me@127.0.0.1"]
+    with ssh_in_path(tmp_path) as environment, FeederProcess(path, *options, env=environment) as feeder:
+        token = Token.parse(feeder.reached_by)
+        assert str(token.addresses[0]) != feeder.find(r"listens at +(\S+)") and token.fingerprint is not None
+        assert feeder.find(r"called +(\S+)") == str(token.addresses[0])
+        with RemoteBatches(token, as_numpy=True, timeout=SOON) as batches:
+            assert next(batches)["input"].shape == (8, 4)
+        assert feeder.stop() == 0
+
+
 def test_a_trainer_that_listens_is_called(path: Path) -> None:
     with Listener("127.0.0.1:0", role="trainer") as free:
         port = free.address.port
@@ -121,6 +134,12 @@ def test_what_is_in_the_way_is_a_sentence(path: Path, capsys: pytest.CaptureFixt
     assert run("feed", str(path), "--listen", "no-such-host.invalid:7700", "--certs", str(path.parent)) == 2
     assert run("train", str(path), "--certs", "x") == 2
     assert "--certs is for --feed" in capsys.readouterr().err
+    assert run("feed", str(path), "--tunnel", "frp") == 2
+    assert "Write ssh:USER@HOST" in capsys.readouterr().err
+    assert run("feed", str(path), "--tunnel", "ngrok", "--certs", str(path.parent)) == 2
+    assert "--tunnel leads here by a token" in capsys.readouterr().err
+    assert run("train", str(path), "--tunnel", "ngrok", "--feed", "a:1") == 2
+    assert "Give one of the two" in capsys.readouterr().err
 
 
 def test_training_without_a_feeder_ends_with_its_code(path: Path) -> None:

@@ -2,92 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
+from ssh_host import ssh_server
 
 from trainfleet.errors import ConfigError, DependencyError, PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.dial import dial
 from trainfleet.net.listener import Listener
-from trainfleet.net.tunnel import KINDS, enter_tunnel, open_tunnel
+from trainfleet.net.tunnel import KINDS, enter_tunnel, leave_tunnels, near_end, open_tunnel
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 SOON = timedelta(seconds=10)
-
-
-@contextmanager
-def ssh_server(folder: Path, *, forwards: bool = True) -> Iterator[list[str]]:
-    """A server of ssh that opens ports for those who have the key; the options with which ssh reaches it."""
-    asyncssh = pytest.importorskip("asyncssh", reason="the server of this test needs the extra `test`")
-    if shutil.which("ssh") is None:
-        pytest.skip("there is no ssh on this host")
-    host_key, user_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-    user_key.write_private_key(folder / "key")
-    (folder / "key").chmod(0o600)
-    user_key.write_public_key(folder / "authorized")
-
-    class Server(asyncssh.SSHServer):  # type: ignore[misc]
-        def connection_made(self, connection: object) -> None:
-            connections.append(connection)
-
-        def server_requested(self, host: str, port: int) -> bool:
-            return forwards
-
-    loop, ready, port = asyncio.new_event_loop(), threading.Event(), 0
-    connections: list[Any] = []
-
-    async def serve() -> None:
-        nonlocal port, stop
-        stop = asyncio.Event()
-        keys = {"server_host_keys": [host_key], "authorized_client_keys": str(folder / "authorized")}
-        async with asyncssh.listen("127.0.0.1", 0, server_factory=Server, **keys) as server:
-            port = server.get_port()
-            ready.set()
-            await stop.wait()
-            for connection in connections:
-                connection.abort()
-            await asyncio.sleep(0.05)
-
-    stop: asyncio.Event | None = None
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert ready.wait(10)
-    public = host_key.export_public_key().decode().strip()
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {public}\n")
-    try:
-        known = f"UserKnownHostsFile={folder / 'known'}"
-        yield [
-            "-F",
-            "none",
-            "-p",
-            str(port),
-            "-i",
-            str(folder / "key"),
-            "-o",
-            known,
-            "-o",
-            "User=me",
-            "-o",
-            "IdentityAgent=none",
-        ]
-    finally:
-        assert stop is not None
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
 
 
 @pytest.mark.parametrize(("at_host", "asks"), [(False, False), (True, False), (False, True)])
@@ -173,8 +105,14 @@ def stand_in(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
 
 
 CLOUDFLARED = """
-import socket, sys, time
+import pathlib, socket, sys, threading, time
+target = pathlib.Path(__file__).with_name("target")
+def copy(one, other):
+    while part := one.recv(65536):
+        other.sendall(part)
+    other.shutdown(socket.SHUT_WR)
 if sys.argv[1] == "tunnel":
+    target.write_text(sys.argv[-1].rpartition(":")[2])
     print("INF Requesting new quick Tunnel on trycloudflare.com...")
     print("INF |  https://one-two-three.trycloudflare.com  |")
     assert sys.argv[-1].startswith("tcp://127.0.0.1:")
@@ -182,6 +120,10 @@ else:
     assert sys.argv[1:4] == ["access", "tcp", "--hostname"] and sys.argv[4] == "one-two-three.trycloudflare.com"
     time.sleep(0.2)
     listening = socket.create_server(("127.0.0.1", int(sys.argv[-1].rpartition(":")[2])))
+    while True:
+        near, far = listening.accept()[0], socket.create_connection(("127.0.0.1", int(target.read_text())))
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=copy, args=pair, daemon=True).start()
 time.sleep(60)
 """
 
@@ -193,6 +135,22 @@ def test_a_tunnel_by_cloudflared_has_a_program_at_both_ends(tmp_path, monkeypatc
         with enter_tunnel(tunnel.address) as entered:
             assert entered.address.is_loopback and entered.is_open
         assert not entered.is_open and tunnel.is_open
+
+
+def test_a_token_with_a_tunnel_by_cloudflared_is_dialled_as_any_other(tmp_path, monkeypatch, made):
+    stand_in(tmp_path, "cloudflared", CLOUDFLARED, monkeypatch)
+    with (
+        Listener("127.0.0.1:0", credentials=made, role="feeder") as listener,
+        open_tunnel("cloudflared", listener.address.port) as tunnel,
+    ):
+        assert near_end(listener.address) == listener.address
+        token = str(listener.token([tunnel.address]))
+        entered = near_end(tunnel.address)
+        for _ in range(2):
+            with dial(token, role="trainer", timeout=SOON) as near, listener.accept(SOON) as far:
+                near.sendall(b"x")
+                assert far.recv(1) == b"x" and near_end(tunnel.address) == entered, "one program serves all"
+        leave_tunnels()
 
 
 def test_a_cloudflared_that_fails_is_a_sentence_with_its_last_words(tmp_path, monkeypatch):

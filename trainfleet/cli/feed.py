@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from trainfleet.cli.train import make_importable
+from trainfleet.cli.way_in import HELP, check_way, opened_way
 
 if TYPE_CHECKING:
     from trainfleet.data.feed.service import DataService
@@ -45,6 +47,12 @@ def feed(
     ),
     ports: int = typer.Option(1, "--ports", help="With --dial: how many ports to call, from that one on.", min=1),
     relay: str | None = typer.Option(None, "--relay", help="Where trainers come to.", metavar="TOKEN"),
+    tunnel: str | None = typer.Option(
+        None,
+        "--tunnel",
+        help=HELP,
+        metavar="WAY",
+    ),
     folder: Path | None = typer.Option(
         None, "--folder", help="Keeps the identity, so that the token outlives a restart.", metavar="FOLDER"
     ),
@@ -65,8 +73,9 @@ def feed(
     settings = load_config(Recipe, file=recipe, overrides=overrides or []).value
     make_importable(recipe.parent)
     log.setup("debug" if context.obj else "info")
-    where = listen or (None if dials or relay else HERE)
-    credentials = _credentials(where, relay, folder, certs)
+    where = listen or (HERE if tunnel or not (dials or relay) else None)
+    check_way(tunnel, certs)
+    credentials = _credentials(where, relay or tunnel, folder, certs)
     service = service_of(
         settings,
         address=where,
@@ -77,8 +86,12 @@ def feed(
     ending = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
-    with service:
-        _introduce(service.open(), settings, recipe, address or [], dials or [])
+    with service, ExitStack() as opened:
+        service.open()
+        entrance = opened.enter_context(opened_way(tunnel, service, f"trainfleet train {recipe} --feed"))
+        if entrance is not None:
+            address = [str(entrance.address)]
+        _introduce(service, settings, recipe, address or [], dials or [])
         with _LiveLine(service) as line:
             while not ending.wait(_REFRESH_SECONDS if line.is_shown else 3600):
                 line.refresh()
@@ -125,6 +138,8 @@ def _introduce(service: DataService, recipe: Recipe, path: Path, names: list[str
     if service.listener is None:
         return
     print(f"{'listens at':<11} {service.listener.address}", flush=True)
+    if names:
+        print(f"{'called':<11} {', '.join(names)}", flush=True)
     if service.credentials.secret is None and service.listener.address.is_loopback:
         print(f"{'':<11} only this host can connect; --listen 0.0.0.0 lets others, by a token", flush=True)
     print("\nWhere it trains:\n", flush=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from trainfleet.cli.way_in import HELP
 from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def train(
     certs: Path | None = typer.Option(
         None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
     ),
+    tunnel: str | None = typer.Option(
+        None, "--tunnel", help=f"In place of --feed, for one rank. {HELP}", metavar="WAY"
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe, start nothing."),
 ) -> None:
     """Train as a recipe says.
@@ -86,10 +90,16 @@ def train(
     from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=[*(overrides or []), *_resume_override(resume)]).value
+    if feeders and tunnel is not None:
+        raise ConfigError("--feed calls feeders and --tunnel lets them call. Give one of the two.")
     if feeders:
         from trainfleet.training.feed import as_fed
 
         settings = as_fed(settings, feeders=feeders, **({"certificates": str(certs)} if certs is not None else {}))
+    elif tunnel is not None:
+        from trainfleet.training.feed import as_fed
+
+        settings = as_fed(settings, tunnel=tunnel, recipe=str(recipe))
     elif certs is not None:
         raise ConfigError("--certs is for --feed, which is not given.")
     make_importable(recipe.parent)

@@ -33,6 +33,7 @@ from trainfleet.net.room import enter_room, room_of
 from trainfleet.net.sockets import tune
 from trainfleet.net.tls import check_fingerprint, peer_fingerprint, refusal, start_tls
 from trainfleet.net.token import Token, is_token
+from trainfleet.net.tunnel import near_end
 
 _TRY_SECONDS = 10.0
 
@@ -104,8 +105,9 @@ def connect(
     place: Address, credentials: Credentials, *, role: str, admits: Collection[str] | None, ends: float
 ) -> socket.socket:
     """One try to reach who listens at `place`, until `ends` of the monotonic clock."""
+    near = near_end(place, timeout=timedelta(seconds=max(0.001, ends - time.monotonic())))
     try:
-        sock = socket.create_connection((place.host, place.port), timeout=max(0.001, ends - time.monotonic()))
+        sock = socket.create_connection((near.host, near.port), timeout=max(0.001, ends - time.monotonic()))
     except OSError as exc:
         raise PeerError(
             f"{place} cannot be reached: {obstacle(exc)}", hint="Is the other side running, and is that its address?"

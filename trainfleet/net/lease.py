@@ -7,7 +7,7 @@ What has been used is not noted here: that is its owner's place in the stream of
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -121,12 +121,18 @@ class Leases(Generic[Unit]):
         quickest = min(others, key=lambda name: self._peers[name].wait)
         return [self._give(quickest, task, now)]
 
+    def drop(self, tasks: Iterable[int]) -> None:
+        """These are wanted no more."""
+        for task in tasks:
+            self._units.pop(task, None)
+            for peer in self._peers.values():
+                peer.held.pop(task, None)
+        if not self._units:
+            self._pending.clear()
+
     def clear(self) -> None:
         """Nothing is wanted any more."""
-        self._units.clear()
-        self._pending.clear()
-        for peer in self._peers.values():
-            peer.held.clear()
+        self.drop(list(self._units))
 
     def _give(self, name: Hashable, task: int, now: float) -> tuple[Hashable, int, Unit]:
         self._peers[name].held[task] = now

@@ -5,9 +5,11 @@ What goes through them is TLS between the two sides, as through a relay: none of
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ _SSH_OPTIONS = (
     "ControlPath=none",
 )
 _SSH_NOISE = ("debug", "OpenSSH_", "Transferred: ", "Bytes per second: ", "Authenticated to ")
+_CLOUDFLARED = ".trycloudflare.com"
 _NO_SSH = "Install an ssh client, such as `apt install openssh-client`."
 _NO_CLOUDFLARED = "Install it on both sides, from Cloudflare's page of downloads; no account is needed."
 
@@ -189,7 +192,7 @@ def enter_tunnel(address: Address, *, timeout: timedelta = timedelta(seconds=30)
 
     ssh and ngrok need nothing of the kind: their addresses are dialled as they are.
     """
-    if not address.host.endswith(".trycloudflare.com"):
+    if not address.host.endswith(_CLOUDFLARED):
         raise ConfigError(f"{address} is not the address of a tunnel by cloudflared; dial it as it is.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,6 +214,32 @@ def enter_tunnel(address: Address, *, timeout: timedelta = timedelta(seconds=30)
         program.close()
         raise
     return Tunnel(local, program.close, lambda: program.is_running)
+
+
+_entered: dict[Address, Tunnel] = {}
+_entering = threading.Lock()
+
+
+def near_end(address: Address, *, timeout: timedelta = timedelta(seconds=30)) -> Address:
+    """What to dial for `address`: itself, or our end of a tunnel by cloudflared, which stays while this process does.
+
+    Raises as `enter_tunnel` does.
+    """
+    if not address.host.endswith(_CLOUDFLARED):
+        return address
+    with _entering:
+        tunnel = _entered.get(address)
+        if tunnel is None or not tunnel.is_open:
+            tunnel = _entered[address] = enter_tunnel(address, timeout=timeout)
+        return tunnel.address
+
+
+@atexit.register
+def leave_tunnels() -> None:
+    """End our ends of tunnels by cloudflared."""
+    with _entering:
+        while _entered:
+            _entered.popitem()[1].close()
 
 
 def _first_line(exc: Exception) -> str:

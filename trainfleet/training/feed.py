@@ -46,7 +46,7 @@ def _size(recipe: Recipe) -> int:
     return batch.micro_batch or max(1, (batch.global_batch or 1) // (batch.accumulation or 1))
 
 
-def as_fed(recipe: Recipe, **ways: Any) -> Recipe:
+def as_fed(recipe: Recipe, /, **ways: Any) -> Recipe:
     """`recipe` with its data, and its evaluation where it has one, from feeders; `ways`: as FeedConfig takes them."""
     data = recipe.data
     evaluation = SourceConfig(source=REMOTE) if data.evaluation is not None else None

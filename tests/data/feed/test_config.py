@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+import threading
+import time
 from datetime import timedelta
 
 import pytest
 from data.feed.made import Numbers, jitter, local, same
 from left_behind import nothing_left_behind
+from ssh_host import ssh_in_path
 
 from trainfleet.data.config import DataConfig, SourceConfig
 from trainfleet.data.feed import DataService
@@ -23,6 +27,8 @@ from trainfleet.net.listener import Listener
         ({"feeder": ["a:1"]}, "feeder"),
         ({"feeders": ["a:1"], "timeout": "soon"}, "timeout is 'soon'"),
         ({"listen": "0.0.0.0:7700"}, "there are no credentials"),
+        ({"tunnel": "frp"}, "'frp' is no tunnel"),
+        ({"tunnel": "ngrok", "feeders": ["a:1"]}, "do not go with it"),
     ],
 )
 def test_what_names_no_feeders_is_refused(args, sentence):
@@ -55,13 +61,11 @@ def test_a_configured_stream_is_that_of_local_batches():
 
 def test_ranks_of_a_host_listen_at_ports_of_their_own(monkeypatch):
     config = FeedConfig(listen="127.0.0.1:7700")
+    assert str(config._listen()) == "127.0.0.1:7700"
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert [str(config._listen(stream)) for stream in ("training", "evaluation")] == [
-        "127.0.0.1:7701",
-        "127.0.0.1:7703",
-    ]
+    assert str(config._listen()) == "127.0.0.1:7701"
 
 
 @pytest.fixture
@@ -76,6 +80,60 @@ def test_feeders_come_to_a_trainer_that_listens(port):
         assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
 
 
+def test_both_streams_of_a_trainer_that_listens_come_over_one_connection(port):
+    held_out = local(Numbers(21), size=4, shuffle=False, short="keep", epochs=1)
+    service = DataService(local(), evaluation=held_out, address=None, dials=[f"127.0.0.1:{port}"])
+    config = FeedConfig(listen=f"127.0.0.1:{port}")
+    with nothing_left_behind(), service.open():
+        training, expected = config.open("training", size=8), local()
+        evaluation = FeedConfig(listen=f"127.0.0.1:{port}").open("evaluation", size=8, short="keep", shuffle=False)
+        assert service.served.trainers == 1 and evaluation.feeders is training.feeders
+        for _ in range(3):
+            for _ in range(5):
+                assert same({name: value.numpy() for name, value in next(training).items()}, next(expected))
+            evaluation.rewind()
+            assert [len(batch["i"]) for batch in evaluation] == [8, 8, 5]
+        training.close()
+        evaluation.rewind()
+        assert [len(batch["i"]) for batch in evaluation] == [8, 8, 5], "the other stream has gone, the feeders stay"
+        evaluation.close()
+        again = config.open("training", size=8)
+        assert same({name: value.numpy() for name, value in next(again).items()}, next(local()))
+        again.close()
+
+
+def test_a_trainer_that_nobody_can_call_opens_a_tunnel_and_tells_the_line_to_run(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("cryptography", reason="what goes through a tunnel needs TLS, and so the extra `net`")
+    caplog.set_level("INFO", "trainfleet")
+    service = None
+
+    def start_feeder():
+        nonlocal service
+        ends = time.monotonic() + 20
+        while time.monotonic() < ends and service is None:
+            if found := re.search(r"\n\n  trainfleet feed digits.yaml --dial (tf1_\S+)\n", caplog.text):
+                service = DataService(local(), address=None, dials=[found[1]]).open()
+            time.sleep(0.02)
+
+    with nothing_left_behind(), ssh_in_path(tmp_path) as environment:
+        monkeypatch.setenv("PATH", environment["PATH"])
+        config = FeedConfig.of({"tunnel": "ssh:me@127.0.0.1", "recipe": "digits.yaml", "timeout": 20})
+        home = threading.Thread(target=start_feeder)
+        home.start()
+        with config.open("training", size=8) as fed:
+            assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
+        home.join()
+        service.close()
+
+
+def test_a_tunnel_leads_to_one_rank(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="leads to one rank, and there are 2"):
+        FeedConfig(tunnel="cloudflared")
+
+
 def test_a_trainer_that_others_can_reach_tells_its_token(port, tmp_path, caplog, monkeypatch):
     pytest.importorskip("cryptography", reason="TLS off loopback needs the extra `net`")
     monkeypatch.setattr("socket.gethostname", lambda: "127.0.0.1")
@@ -86,4 +144,4 @@ def test_a_trainer_that_others_can_reach_tells_its_token(port, tmp_path, caplog,
     caplog.set_level("INFO", "trainfleet")
     with nothing_left_behind(), service.open(), config.open("training", size=8) as fed:
         assert same({name: value.numpy() for name, value in next(fed).items()}, next(local()))
-    assert f"trainfleet feed RECIPE --dial {token}" in caplog.text
+    assert f"  trainfleet feed RECIPE --dial {token}\n" in caplog.text

@@ -13,7 +13,7 @@ from data.feed.test_terms import OFFER
 
 from trainfleet.data.feed.feeder import Told
 from trainfleet.data.feed.feeders import Feeders, Ways
-from trainfleet.data.sampler import Span
+from trainfleet.data.feed.terms import Unit
 from trainfleet.errors import DataError, NotAdmitted, PeerError
 from trainfleet.net.channel import Message
 
@@ -35,7 +35,6 @@ class Known:
 def pool(monkeypatch):
     monkeypatch.setattr("trainfleet.data.feed.feeders.Feeder", Known)
     pool = Feeders(Ways(), timeout=timedelta(seconds=1), buffer_bytes=1 << 20)
-    pool.terms = TERMS
     yield pool
     pool.close()
 
@@ -44,18 +43,22 @@ def made(task, body=None, **head):
     return Message("made", {"task": task, "skipped": [], "idle": False} | head, body)
 
 
+def unit(begin, end):
+    return Unit(0, begin, end, TERMS)
+
+
 def told(**change):
     return Told({"training": replace(OFFER, **change)}, "cpu-0", 1)
 
 
 def test_a_batch_comes_from_whoever_has_room(pool):
     one, other = Known("one"), Known("other")
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     pool.joined(one, told())
     assert [task for task, _ in one.asked] == [0]
     pool.joined(other, told())
     for task in range(1, 8):
-        pool.submit(task, Span(0, 8 * task, 8 * task + 8))
+        pool.submit(task, unit(8 * task, 8 * task + 8))
     assert len(one.asked) == len(other.asked) == 4
     assert pool.depth == 8
     pool.made(one, made(0, "batch", skipped=[[3, "rotten"]]), 100)
@@ -66,7 +69,7 @@ def test_a_batch_comes_from_whoever_has_room(pool):
         for number, _ in list(one.asked):
             pool.made(one, made(number, number), 100)
         assert pool.receive(task).batch == task
-    pool.forget()
+    pool.forget([])
     assert one.asked[-1:] != ["forget"], "a pool forgets with those whom it started"
 
 
@@ -84,7 +87,7 @@ def test_a_batch_comes_from_whoever_has_room(pool):
 def test_an_answer_that_is_none_is_the_feeders_fault(pool, answer):
     one = Known("one")
     pool.joined(one, told())
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     with pytest.raises(PeerError):
         pool.made(one, answer, 0)
 
@@ -92,7 +95,7 @@ def test_an_answer_that_is_none_is_the_feeders_fault(pool, answer):
 def test_a_failure_is_raised_where_its_batch_is_wanted(pool):
     one = Known("one")
     pool.joined(one, told())
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     pool.made(one, Message("failed", {"task": 0, "error": "41 is rotten", "hint": "look"}, None), 0)
     with pytest.raises(DataError, match="41 is rotten") as caught:
         pool.receive(0)
@@ -110,14 +113,14 @@ def test_a_feeder_with_something_else_is_not_admitted(pool, change, word):
 
 
 def test_what_cannot_be_read_here_ends_the_wait(pool):
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     pool.given_up(Known("one"), DataError("a Pair may not be built"))
     with pytest.raises(DataError, match="Pair"):
         pool.receive(0)
 
 
 def test_without_feeders_the_wait_ends_at_the_deadline_with_the_reason(pool):
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     pool.left(Known("one"), PeerError("it was unplugged"))
     with pytest.raises(PeerError, match="unplugged"):
         pool.receive(0)
@@ -127,7 +130,7 @@ def test_without_feeders_the_wait_ends_at_the_deadline_with_the_reason(pool):
 def test_a_feeder_that_is_alive_and_makes_nothing_is_not_waited_for_for_ever(pool):
     one = Known("one")
     pool.joined(one, told())
-    pool.submit(0, Span(0, 0, 8))
+    pool.submit(0, unit(0, 8))
     begun, stop = time.monotonic(), threading.Event()
 
     def say_alive(progress):

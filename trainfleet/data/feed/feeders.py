@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from trainfleet.data.feed.feeder import Feeder, Told
-from trainfleet.data.feed.terms import Offer, Terms, Unit
-from trainfleet.data.sampler import Span
+from trainfleet.data.feed.terms import Offer, Unit
 from trainfleet.data.samples import Made
 from trainfleet.errors import DataError, NotAdmitted, PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel, Message
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
+from trainfleet.net.entrance import Entrance
 from trainfleet.net.frames import Limits
 from trainfleet.net.lease import Leases
 from trainfleet.net.listener import Listener
@@ -41,7 +42,10 @@ class Ways:
     feeders: Sequence[str | Address | Token] = ()
     listen: str | Address | None = None
     via: Token | str | None = None
+    tunnel: str | None = None
     credentials: Credentials | None = None
+    told: Callable[[Address | Token], None] | None = None
+    """Called with what feeders have to dial, once it is known and when it changes."""
     classes: dict[str, type] | None = None
     limits: Limits | None = None
     nearby: bool = True
@@ -51,10 +55,13 @@ class Ways:
 
 
 class Feeders:
-    """A Pool over the network. `terms` must be set before anything is submitted."""
+    """Makes units, for any number of streams (lane.py); the numbers of their tasks are drawn from `numbers`.
+
+    Closed when each of those who share it has called `close`.
+    """
 
     def __init__(self, ways: Ways, *, timeout: timedelta, buffer_bytes: int) -> None:
-        self.terms: Terms | None = None
+        self.numbers = itertools.count()
         self.lost = 0
         """Connections to feeders that ended by themselves."""
         self.repeated = 0
@@ -74,9 +81,15 @@ class Feeders:
         self._starved = False  # whether the loop had to wait for its last batch
         self._closing = threading.Event()
         self._feeders: list[Feeder] = []
+        self._users = 1
         self._listener: Listener | None = None
+        self._entrance: Entrance | None = None
         self._accepting: threading.Thread | None = None
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> None:
         if self._ways.listen is not None or (self._ways.via is not None and not self._ways.feeders):
@@ -89,12 +102,28 @@ class Feeders:
             )
             self._accepting = threading.Thread(target=self._accept, name="trainfleet-feeders", daemon=True)
             self._accepting.start()
+            self._tell_feeders()
         for place in self._ways.feeders:
             if isinstance(place, str) and is_token(place):
                 place = Token.parse(place)
             # A token is a secret, and is not for the log.
             name = " or ".join(map(str, place.addresses)) or "the relay" if isinstance(place, Token) else str(place)
             self._feeders.append(Feeder(name, functools.partial(self._call, name, place), self, self._ways.channel))
+
+    def _tell_feeders(self) -> None:
+        assert self._listener is not None
+        ways, listener = self._ways, self._listener
+        if ways.tunnel is not None:
+            self._entrance = Entrance(
+                ways.tunnel, listener.address.port, moved=lambda place: self._told(listener.token([place]))
+            )
+            self._told(listener.token([self._entrance.address]))
+        elif ways.via is None:
+            self._told(listener.address)
+
+    def _told(self, place: Address | Token) -> None:
+        if self._ways.told is not None:
+            self._ways.told(place)
 
     def _call(
         self, name: str, place: str | Address | Token, timeout: timedelta, closing: threading.Event
@@ -161,17 +190,14 @@ class Feeders:
             room = min(room, int(self._buffer_bytes / unit))
         return max(_LEAST_AHEAD, room)
 
-    # Pool
-
-    def submit(self, task: int, span: Span) -> None:
-        assert self.terms is not None
+    def submit(self, task: int, unit: Unit) -> None:
         with self._changed:
-            self._leases.add(task, Unit(span.epoch, span.begin, span.end, self.terms))
+            self._leases.add(task, unit)
         self._hand_out()
 
     def receive(self, task: int) -> Made:
-        """The batch of a submitted task. Raises DataError where making it failed, PeerError when no feeder was there,
-        or none came to another sample, for the whole timeout."""
+        """The batch of a submitted task, once. Raises DataError where making it failed, PeerError when no feeder was
+        there, or none came to another sample, for the whole timeout."""
         begun = time.monotonic()
         self._starved = task not in self._done
         try:
@@ -184,15 +210,34 @@ class Feeders:
             raise found
         return found
 
-    def forget(self) -> None:
+    def forget(self, tasks: Iterable[int]) -> None:
+        """Drop submitted tasks. Feeders are told where nothing else is wanted of them; else what they make of it is
+        thrown away here."""
+        tasks = list(tasks)
         with self._changed:
-            self._leases.clear()
-            self._done.clear()
-        for feeder in list(self._feeders):
+            self._leases.drop(tasks)
+            for task in tasks:
+                self._done.pop(task, None)
+            idle = not len(self._leases)
+        for feeder in list(self._feeders) if idle else ():
             feeder.forget()
 
+    def share(self) -> Feeders:
+        """This pool for one more stream, which closes it too."""
+        self._users += 1
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        return self._users > 0
+
     def close(self) -> None:
+        self._users = max(0, self._users - 1)
+        if self._users:
+            return
         self._closing.set()
+        if self._entrance is not None:
+            self._entrance.close()
         if self._listener is not None:
             self._listener.close()
         if self._accepting is not None:
@@ -205,10 +250,6 @@ class Feeders:
             feeder.join(10)
         with self._changed:
             self._done.clear()
-
-    @property
-    def pids(self) -> list[int]:
-        return []
 
     # on the feeders' threads
 

@@ -10,6 +10,7 @@ from typing import Any
 from trainfleet.data.batches import IndexedBatches
 from trainfleet.data.collate import torch_installed
 from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.feed.lane import Lane
 from trainfleet.data.feed.terms import Terms
 from trainfleet.data.sampler import Short, Span
 from trainfleet.data.samples import Bad, Made
@@ -23,24 +24,16 @@ from trainfleet.net.token import Token
 
 @dataclass(kw_only=True)
 class _Crew:
-    """The feeders of a stream: opened again where they make it with another seed."""
+    """The feeders of a stream, and the terms under which they make it: another lane where those change."""
 
-    ways: Ways
-    timeout: timedelta
-    buffer_bytes: int
-    terms: Terms | None = None
-    pool: Feeders | None = None
+    pool: Feeders
+    terms: Terms
 
-    def open(self) -> Feeders:
-        if self.pool is not None:
-            self.pool.close()
-        self.pool = Feeders(self.ways, timeout=self.timeout, buffer_bytes=self.buffer_bytes)
-        self.pool.terms = self.terms
-        return self.pool
+    def open(self) -> Lane:
+        return Lane(self.pool, self.terms)
 
     @property
     def depth(self) -> int:
-        assert self.pool is not None
         return self.pool.depth
 
     def make(self, span: Span) -> Made:
@@ -59,6 +52,9 @@ class RemoteBatches(IndexedBatches):
     feeders       addresses or tokens of data services; any number, and those that come later count too
     listen        where feeders connect to, if they cannot be called: rank r listens at the port plus r
     via           token of a relay, if neither side can be reached
+    tunnel        a way in to us where we listen, if we cannot be called: ssh:me@host, ngrok or cloudflared
+    told          called with the token or address that feeders have to dial, where we listen
+    among         feeders that another stream of this process has: both share their connections
     stream        `training`, or `evaluation`: one pass in order, to be rewound
     size, seed, shuffle, short, bad    as the feeder has them, unless given
     classes       dataclasses and named tuples that batches are made of
@@ -76,6 +72,9 @@ class RemoteBatches(IndexedBatches):
         *,
         listen: str | Address | None = None,
         via: Token | str | None = None,
+        tunnel: str | None = None,
+        told: Callable[[Address | Token], None] | None = None,
+        among: Feeders | None = None,
         credentials: Credentials | None = None,
         stream: str = "training",
         size: int | None = None,
@@ -96,8 +95,10 @@ class RemoteBatches(IndexedBatches):
         timeout: timedelta = timedelta(minutes=2),
     ) -> None:
         called = [feeders] if isinstance(feeders, str | Token) else list(feeders)
-        if not called and listen is None and via is None:
+        if not called and listen is None and via is None and among is None:
             raise ConfigError("RemoteBatches needs feeders to call, an address to listen at, or a relay.")
+        if tunnel is not None and listen is None:
+            raise ConfigError(f"tunnel is {tunnel}, a way in to a side that listens; give listen='127.0.0.1:0' too.")
         if buffer_bytes < 1 or timeout <= timedelta(0):
             raise ConfigError(f"buffer_bytes={buffer_bytes} and timeout={timeout}; both must be more than nothing.")
         if listen is not None:
@@ -107,13 +108,14 @@ class RemoteBatches(IndexedBatches):
             feeders=called,
             listen=listen,
             via=via,
+            tunnel=tunnel,
+            told=told,
             credentials=credentials,
             classes=allow(*classes),
             limits=limits,
             nearby=nearby,
         )
-        crew = _Crew(ways=ways, timeout=timeout, buffer_bytes=buffer_bytes)
-        pool = crew.open()
+        pool = among.share() if among is not None else Feeders(ways, timeout=timeout, buffer_bytes=buffer_bytes)
         try:
             offer = pool.offer(stream)
             terms = Terms(
@@ -126,9 +128,9 @@ class RemoteBatches(IndexedBatches):
                 short=offer.short if short is None else short,
                 bad=offer.bad if bad is None else bad,
             )
-            crew.terms = pool.terms = terms
+            self._remote = _Crew(pool=pool, terms=terms)
             super().__init__(
-                crew,
+                self._remote,
                 num_samples=offer.samples,
                 size=terms.size,
                 rank=rank,
@@ -145,13 +147,18 @@ class RemoteBatches(IndexedBatches):
         except BaseException:
             pool.close()
             raise
-        self._remote, self._pool = crew, pool
 
     @property
     def feeders(self) -> Feeders:
         """Those who make the batches, with what they have done so far."""
-        assert self._remote.pool is not None
         return self._remote.pool
+
+    def close(self) -> None:
+        """Leave the feeders; may be called twice."""
+        was_open = not self._closed
+        super().close()
+        if was_open:
+            self._remote.pool.close()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -160,5 +167,4 @@ class RemoteBatches(IndexedBatches):
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         super().load_state_dict(state)
-        assert self._remote.terms is not None
         self._remote.terms = replace(self._remote.terms, seed=self.seed)
