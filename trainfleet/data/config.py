@@ -107,7 +107,7 @@ class DataConfig:
     """csv, numpy, parquet, arrow, text, images or hf; the import path package.module:Name of a dataset; or remote:
     feeders make the batches, with their own transform, collate and workers."""
     args: dict[str, Any] = field(default_factory=dict)
-    """What the source is opened with, such as path; for remote: feeders, listen, certificates, identity, classes,
+    """What the source is opened with, such as path; for remote: feeders, listen, tunnel, certificates, identity, classes,
     buffer_bytes, timeout (docs/feed.md)."""
     evaluation: SourceConfig | None = None
     """The source to evaluate on, never shuffled; none: no evaluation."""
