@@ -72,6 +72,7 @@ def test_the_notebook_is_fed_by_the_line_that_it_prints(tmp_path: Path) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             gpu.stdout.close()
+    assert "is gone" not in said, "the two part in order"
     assert "Run this at home, where the data are:" in said
     losses = [float(loss) for loss in re.findall(r"^step.*? loss ([\d.]+)", said, re.MULTILINE)]
     assert len(losses) >= 6 and losses[-1] < losses[0] / 4, said

@@ -236,8 +236,6 @@ class Feeders:
         if self._users:
             return
         self._closing.set()
-        if self._entrance is not None:
-            self._entrance.close()
         if self._listener is not None:
             self._listener.close()
         if self._accepting is not None:
@@ -248,6 +246,8 @@ class Feeders:
             feeder.close()
         for feeder in self._feeders:
             feeder.join(10)
+        if self._entrance is not None:  # what was said to feeders has gone through it
+            self._entrance.close()
         with self._changed:
             self._done.clear()
 
