@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from trainfleet.cli.fed import Fed
 from trainfleet.cli.way_in import HELP
 from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
@@ -78,6 +79,9 @@ def train(
     tunnel: str | None = typer.Option(
         None, "--tunnel", help=f"In place of --feed, for one rank. {HELP}", metavar="WAY"
     ),
+    own_workers: int | None = typer.Option(
+        None, "--own-workers", help="With --feed: processes of this host that make batches too, of data here.", min=1
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe, start nothing."),
 ) -> None:
     """Train as a recipe says.
@@ -90,18 +94,7 @@ def train(
     from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=[*(overrides or []), *_resume_override(resume)]).value
-    if feeders and tunnel is not None:
-        raise ConfigError("--feed calls feeders and --tunnel lets them call. Give one of the two.")
-    if feeders:
-        from trainfleet.training.feed import as_fed
-
-        settings = as_fed(settings, feeders=feeders, **({"certificates": str(certs)} if certs is not None else {}))
-    elif tunnel is not None:
-        from trainfleet.training.feed import as_fed
-
-        settings = as_fed(settings, tunnel=tunnel, recipe=str(recipe))
-    elif certs is not None:
-        raise ConfigError("--certs is for --feed, which is not given.")
+    fed = Fed(feeders=feeders or (), certs=certs, tunnel=tunnel, own_workers=own_workers)
     make_importable(recipe.parent)
     environment = RankEnvironment.from_env()
     # With a number for this host it is the host's launcher, whatever started it: one task a node of srun, a pod.
@@ -115,13 +108,16 @@ def train(
     ranks = Ranks(
         nproc=nproc or 1, nnodes=nnodes, node_rank=node_rank, rendezvous=rendezvous, max_restarts=max_restarts
     )
+    if started:
+        fed.refuse_among_started()
     debug = bool(context.obj)
-    if dry_run:
-        _check_aloud(settings, environment.world_size if started else ranks.world_size)
-    elif started or ranks.is_this_process:
-        raise typer.Exit(train_here(settings, environment, debug=debug))
-    else:
-        raise typer.Exit(_start(settings, ranks, recipe.parent, debug=debug))
+    with fed.applied(settings, recipe) as settings:
+        if dry_run:
+            _check_aloud(settings, environment.world_size if started else ranks.world_size)
+        elif started or ranks.is_this_process:
+            raise typer.Exit(train_here(settings, environment, debug=debug))
+        else:
+            raise typer.Exit(_start(settings, ranks, recipe.parent, debug=debug))
 
 
 def train_here(recipe: Recipe, environment: RankEnvironment, *, debug: bool) -> int:
