@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainfleet.mesh import Mesh
     from trainfleet.parallel import Engine, NativeEngine, parallelize
     from trainfleet.plan import Plan
+    from trainfleet.serve import predict, validate
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
     from trainfleet.training.launch import launch
@@ -34,6 +35,9 @@ _HOMES = {
     "trainfleet.mesh": ("Mesh",),
     "trainfleet.parallel": ("Engine", "NativeEngine", "parallelize"),
     "trainfleet.plan": ("Plan",),
+    "trainfleet.serve": ("predict", "validate"),
+    "trainfleet.serve.remote": ("RemoteModel",),
+    "trainfleet.serve.service": ("ModelService",),
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
     "trainfleet.training.launch": ("launch",),
@@ -51,10 +55,12 @@ __all__ = [
     "LocalBatches",
     "LossSum",
     "Mesh",
+    "ModelService",
     "NativeEngine",
     "Observer",
     "Plan",
     "RemoteBatches",
+    "RemoteModel",
     "Sampler",
     "ShardedArray",
     "Stateful",
@@ -64,7 +70,9 @@ __all__ = [
     "launch",
     "open_store",
     "parallelize",
+    "predict",
     "train",
+    "validate",
     "verify",
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainfleet.errors import PeerError
+from trainfleet.errors import DataError, PeerError
 from trainfleet.serve.answer import checked_answer
 from trainfleet.serve.terms import Terms
 from trainfleet.serve.validation import Tally
@@ -93,7 +93,7 @@ ARRAYS = st.builds(
 
 @given(ARRAYS, st.sampled_from(sorted({*COUNTED, *MEASURED})), st.booleans())
 def test_whatever_comes_is_refused_or_can_be_added_up(array, key, measured):
-    with contextlib.suppress(PeerError):
+    with contextlib.suppress(PeerError, DataError):  # a batch of no rows is nothing to add up
         answer = checked_answer({**(MEASURED if measured else COUNTED), key: array}, VALIDATE)
         if int(answer.get("num_classes", 0)) < 4096:
             tally = Tally()

@@ -1,1 +1,21 @@
 """What a trained model says about batches, here or on other hosts: validation and predictions."""
+
+from __future__ import annotations
+
+from trainfleet.serve.predictions import Predictions, predict
+from trainfleet.serve.predictor import Predictor
+from trainfleet.serve.terms import Answering, Terms
+from trainfleet.serve.validation import Validation, validate
+from trainfleet.serve.written import WrittenPredictions, load_predictions
+
+__all__ = [
+    "Answering",
+    "Predictions",
+    "Predictor",
+    "Terms",
+    "Validation",
+    "WrittenPredictions",
+    "load_predictions",
+    "predict",
+    "validate",
+]

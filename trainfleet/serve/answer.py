@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trainfleet.errors import PeerError
+from trainfleet.errors import ConfigError, PeerError
 from trainfleet.serve.terms import MOST_CLASSES, Answer, Terms
 
 _ROWS = 1 << 40
@@ -97,3 +97,11 @@ def _array(answer: Answer, name: str, dtype: Any, shape: tuple[int | None, ...])
 def _refuse_others(answer: Answer, known: set[str]) -> None:
     if others := set(answer) - known:
         raise PeerError(f"An answer has {', '.join(map(repr, sorted(others)))[:80]}, which nobody asked for.")
+
+
+def check_names(names: tuple[str, ...] | None, answer: Answer) -> None:
+    """ConfigError where names are given, and there are not as many classes."""
+    if names is not None and "num_classes" in answer and int(answer["num_classes"]) != len(names):
+        raise ConfigError(
+            f"{len(names)} names of classes are given, and the model has {int(answer['num_classes'])} classes."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -104,10 +103,11 @@ class OnePass:
             yield batch
 
     def _batches_left(self) -> int | None:
+        batches: Any = self.batches
         if self.total is not None:
-            return math.ceil((self.total - self.position) / self.batches.size)  # type: ignore[attr-defined]
-        found: int | None = getattr(self.batches, "batches_per_epoch", None)
-        return found
+            return -(-(self.total - self.position) // int(batches.size))
+        per_epoch: int | None = getattr(batches, "batches_per_epoch", None)
+        return per_epoch
 
 
 def _rows_of(batches: Any) -> int | None:

@@ -1,0 +1,42 @@
+"""What predictions take in memory, and what there is."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import psutil
+
+from trainfleet.serve.terms import Answer
+
+INDEX_BYTES = 8
+COLUMNS = ("classes", "confidences", "probabilities", "values")
+"""Of an answer, beside the index of each row."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def row_bytes(answer: Answer) -> int:
+    """Bytes of one row of predictions: its index, and its part of each array of the answer."""
+    columns = (answer[name] for name in COLUMNS if name in answer)
+    size = INDEX_BYTES
+    for column in columns:
+        elements = 1
+        for length in column.shape[1:]:
+            elements *= length
+        size += elements * column.itemsize
+    return size
+
+
+def free_bytes() -> int:
+    """Memory that can be had: of the machine, or of the container where that has less."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no container, or `max`
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(cached.get("inactive_file", 0))))
+    return free
+
+
+def readable(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
