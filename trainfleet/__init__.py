@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainfleet.mesh import Mesh
     from trainfleet.parallel import Engine, NativeEngine, parallelize
     from trainfleet.plan import Plan
-    from trainfleet.serve import predict, validate
+    from trainfleet.serve import ModelService, RemoteModel, predict, validate
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
     from trainfleet.training.launch import launch
@@ -35,9 +35,7 @@ _HOMES = {
     "trainfleet.mesh": ("Mesh",),
     "trainfleet.parallel": ("Engine", "NativeEngine", "parallelize"),
     "trainfleet.plan": ("Plan",),
-    "trainfleet.serve": ("predict", "validate"),
-    "trainfleet.serve.remote": ("RemoteModel",),
-    "trainfleet.serve.service": ("ModelService",),
+    "trainfleet.serve": ("ModelService", "RemoteModel", "predict", "validate"),
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
     "trainfleet.training.launch": ("launch",),

@@ -72,18 +72,26 @@ class Line:
         except PeerError as exc:
             logger.debug("%s", exc)
 
+    def stop(self) -> None:
+        """Do not connect again; an end of the connection is no loss from now on."""
+        self._closing.set()
+
     def say_bye(self) -> None:
         """Have the peer end the connection; what it was about to send is read until then, and not used."""
-        self._closing.set()
+        self.stop()
         self.say("bye")
 
-    def close(self) -> None:
-        """End the connection, whether the peer does or not."""
-        self.say_bye()
+    def cut(self) -> None:
+        """End the connection, a moment after the peer was told to and did not."""
         self._thread.join(_BYE_SECONDS)
         channel = self._channel  # its thread lets go of it when the connection ends
         if channel is not None:
             channel.close()
+
+    def close(self) -> None:
+        """End the connection, whether the peer does or not."""
+        self.say_bye()
+        self.cut()
 
     @property
     def is_alive(self) -> bool:

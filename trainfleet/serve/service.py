@@ -1,0 +1,228 @@
+"""ModelService: a model that stands where the GPU is, and answers for the batches of whoever asks with our secret."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from trainfleet.batch import Batch
+from trainfleet.errors import ConfigError, PeerError
+from trainfleet.net.address import Address
+from trainfleet.net.channel import Channel
+from trainfleet.net.credentials import Credentials
+from trainfleet.net.dial import peer_of
+from trainfleet.net.frames import Limits
+from trainfleet.net.listener import Listener
+from trainfleet.net.reception import Reception
+from trainfleet.net.structure import allow
+from trainfleet.net.token import Token
+from trainfleet.serve.offer import Offer
+from trainfleet.serve.session import Session
+from trainfleet.serve.terms import Answer, Terms
+from trainfleet.serve.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+ROLE = "gpu-service"
+GUEST = "client"
+MOST_CLIENTS = 64
+
+
+class Model(Protocol):
+    """What answers here, such as a Predictor."""
+
+    @property
+    def digest(self) -> str:
+        """Of the weights."""
+
+    def answer(self, batch: Batch, terms: Terms) -> Answer: ...
+
+
+class Served(NamedTuple):
+    """What a service has done since it opened, and what it has to do now."""
+
+    batches: int
+    """Answered, with those that failed."""
+    failed: int
+    rows: int
+    num_bytes: int
+    """Batches and answers."""
+    busy_seconds: float
+    """In the model, with the copies to its device and back."""
+    clients: int
+    """Connections."""
+    waiting: int
+    """Batches that are here and have not had their turn."""
+    held_bytes: int
+    """Of batches that are here."""
+
+
+class ModelService:
+    """Answers `validate` and `predict` of clients on other hosts; they have the data, and their place in it.
+
+        ModelService(Predictor(model, device="cuda")).serve()
+
+    A batch is a question, and its answer a pure function of weights, batch and terms: nothing is remembered, so a
+    client may ask any service of the same weights, and again. One thread computes, a batch of each connection in turn.
+
+    predictor     has `digest` and `answer(batch, terms)`
+    address       where to listen, host:port; None: nowhere
+    dials         clients that listen themselves, by address or token, to whom this side connects, again and again
+    via           token of a relay where clients come to, because neither side can be reached
+    credentials   none is enough on loopback; else `Credentials.make()`, whose token goes to the clients
+    classes       dataclasses and named tuples that batches may be made of
+    window_bytes  of batches that one connection may have here without an answer, and of answers that wait to be sent;
+                  one of each may be larger. At most 64 connections are served at a time
+
+    A batch that fails is told to who sent it, and the service goes on. `open` returns once it listens, `serve` when
+    the service is closed or Ctrl-C is pressed. Raises ConfigError for a port in use, an address of others, and an
+    address off loopback without credentials.
+    """
+
+    def __init__(
+        self,
+        predictor: Model,
+        *,
+        address: str | Address | None = "127.0.0.1:7800",
+        dials: Sequence[str | Address | Token] = (),
+        via: Token | str | None = None,
+        credentials: Credentials | None = None,
+        classes: Sequence[type] = (),
+        window_bytes: int = 1 << 28,
+        limits: Limits | None = None,
+    ) -> None:
+        if window_bytes < 1:
+            raise ConfigError(f"window_bytes is {window_bytes}; it must be more than nothing.")
+        self.predictor = predictor
+        self._classes, self._window_bytes, self._limits = allow(*classes), window_bytes, limits or Limits()
+        self.reception = Reception(
+            self._answer, role=ROLE, guest=GUEST, address=address, dials=dials, via=via, credentials=credentials
+        )
+        self._turns: Turns | None = None
+        self._sessions: dict[Session, str] = {}
+        self._gone = (0, 0, 0)  # batches, rows and bytes of clients that have gone
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> Address:
+        """Where it listens, with the port that was chosen for port 0."""
+        return self.reception.address
+
+    @property
+    def listener(self) -> Listener | None:
+        return self.reception.listener
+
+    @property
+    def credentials(self) -> Credentials:
+        return self.reception.credentials
+
+    def open(self) -> ModelService:
+        self.offer = _offer_of(self.predictor, self._window_bytes)
+        self._turns = Turns(self.predictor.answer)
+        try:
+            self.reception.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def serve(self) -> None:
+        with self.open(), suppress(KeyboardInterrupt):
+            self.reception.closing.wait()
+
+    def close(self) -> None:
+        """End all connections; what was asked may be asked of others. May be called twice."""
+        self.reception.stop()
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+        if self._turns is not None:
+            self._turns.close()
+        self.reception.close()
+
+    def token(self, addresses: Sequence[str | Address] = ()) -> Token:
+        """What a client needs to come in; `addresses`: as it calls this host."""
+        return self.reception.token(addresses)
+
+    def __enter__(self) -> ModelService:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def clients(self) -> list[str]:
+        """The addresses of those who are connected."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    @property
+    def served(self) -> Served:
+        turns = self._turns
+        assert turns is not None, "it is open"
+        with self._lock:
+            here = list(self._sessions)
+            batches, rows, num_bytes = self._gone
+        return Served(
+            batches=batches + sum(session.num_batches for session in here),
+            failed=turns.num_failed,
+            rows=rows + sum(session.num_rows for session in here),
+            num_bytes=num_bytes + sum(session.num_bytes for session in here),
+            busy_seconds=turns.busy_seconds,
+            clients=len(here),
+            waiting=turns.waiting,
+            held_bytes=sum(session.held_bytes for session in here),
+        )
+
+    def _answer(self, sock: socket.socket) -> None:
+        who = peer_of(sock).address
+        assert self._turns is not None
+        try:
+            channel = Channel(sock, limits=self._limits, classes=self._classes)
+        except PeerError as exc:
+            logger.info("%s", exc)
+            return
+        session = Session(channel, self.offer, self._turns)
+        with self._lock:
+            is_full = len(self._sessions) >= MOST_CLIENTS
+            if not is_full:
+                self._sessions[session] = who
+        if is_full:
+            logger.warning("Client %s was sent away: %d are connected, and more are not served.", who, MOST_CLIENTS)
+            channel.close()
+            return
+        if self.reception.closing.is_set():
+            session.close()
+        logger.info("Client %s is here.", who)
+        try:
+            session.run()
+        except PeerError as exc:
+            logger.warning("Client %s has gone after %d batches: %s", who, session.num_batches, exc)
+        else:
+            logger.info("Client %s is done: %d batches.", who, session.num_batches)
+        finally:
+            with self._lock:
+                self._sessions.pop(session, None)
+                batches, rows, num_bytes = self._gone
+                self._gone = (
+                    batches + session.num_batches,
+                    rows + session.num_rows,
+                    num_bytes + session.num_bytes,
+                )
+
+
+def _offer_of(predictor: Any, room: int) -> Offer:
+    model = getattr(predictor, "model", predictor)
+    return Offer(
+        digest=predictor.digest,
+        model=type(model).__name__,
+        device=str(getattr(predictor, "device", "cpu")),
+        classes=getattr(predictor, "classes", None) or 0,
+        room=room,
+    )
