@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainfleet.deps import require
 from trainfleet.errors import DataError
@@ -53,22 +54,33 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, target = self._files[index]
-        image = _pillow()
         try:
-            with image.open(file) as opened:
-                picture = opened.convert(self._mode)
-                if self._size is not None:
-                    picture = picture.resize((self._size[1], self._size[0]), image.Resampling.BILINEAR)
-                pixels = np.array(picture)
-        except (OSError, SyntaxError) as exc:
+            pixels: Any = decode_image(file, self._mode, self._size)
+        except DataError as exc:
             raise DataError(f"{file} cannot be read as an image: {exc}") from exc
-        pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
         if self._dtype == "float32":
             pixels = pixels.astype(np.float32) / np.float32(255)
         return {"input": pixels, "target": np.int64(target)}
 
     def __repr__(self) -> str:
         return f"images {self._folder}"
+
+
+def decode_image(image: Any, mode: str | None, size: Sequence[int] | None = None) -> NDArray[Any]:
+    """Pixels (channels, height, width) of a file, its name, or a PIL image; uint8 unless its mode is I, F or I;16.
+
+    `mode` None: as stored. Raises DataError for what is no image, or one of so many pixels that it must be a trap.
+    """
+    library = _pillow()
+    try:
+        with image if isinstance(image, library.Image) else library.open(image) as opened:
+            picture = opened.convert(mode) if mode is not None else opened
+            if size is not None:
+                picture = picture.resize((size[1], size[0]), library.Resampling.BILINEAR)
+            pixels = np.array(picture)
+    except (OSError, SyntaxError, ValueError, EOFError, library.DecompressionBombError) as exc:
+        raise DataError(str(exc)) from exc
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _pillow() -> Any:

@@ -70,7 +70,7 @@ class Blocks:
             block = int(np.searchsorted(_ends(self), position, side="right"))
             return [block], [(block + 1) % len(self.sizes)]
         if self.whole:
-            return list(range(len(self.sizes))), []
+            return _all_blocks(len(self.sizes)), []
         order, ends = _permuted_blocks(self, seed, epoch)
         first = int(np.searchsorted(ends, position, side="right")) // self.window * self.window
         last = min(first + self.window, len(order))
@@ -132,6 +132,11 @@ def _in_blocks(positions: Indices, blocks: Blocks, seed: int, epoch: int) -> Ind
     nth = np.searchsorted(ends, places, side="right")
     found: Indices = _ends(blocks)[order[nth]] - (ends[nth] - places)
     return found
+
+
+@lru_cache(maxsize=8)
+def _all_blocks(count: int) -> list[int]:
+    return list(range(count))
 
 
 @lru_cache(maxsize=8)

@@ -40,6 +40,7 @@ SOURCES = {
     "text": "trainfleet.data.text:TextWindows",
     "images": "trainfleet.data.images:ImageFolder",
     "hf": "trainfleet.data.huggingface:load_dataset",
+    "mds": "trainfleet.data.shards.mds:MosaicShards",
 }
 """The short names of `open_source`, and what each stands for."""
 
