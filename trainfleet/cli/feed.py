@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import signal
-import socket
-import sys
-import threading
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import typer
 
+from trainfleet.cli.standing import credentials_for, ends_by_signal, reached_by, stand, tell_place
 from trainfleet.cli.train import make_importable
 from trainfleet.cli.way_in import HELP, check_way, opened_way
 
 if TYPE_CHECKING:
     from trainfleet.data.feed.service import DataService
     from trainfleet.net.address import Address
-    from trainfleet.net.credentials import Credentials
     from trainfleet.net.token import Token
     from trainfleet.training.recipe import Recipe
 
 HERE = "127.0.0.1:7700"
-_REFRESH_SECONDS = 0.5
-_CLEAR = "\r\033[K"
 
 
 def feed(
@@ -75,7 +68,7 @@ def feed(
     log.setup("debug" if context.obj else "info")
     where = listen or (HERE if tunnel or not (dials or relay) else None)
     check_way(tunnel, certs)
-    credentials = _credentials(where, relay or tunnel, folder, certs)
+    credentials = credentials_for(where, relay or tunnel, folder, certs)
     service = service_of(
         settings,
         address=where,
@@ -83,34 +76,16 @@ def feed(
         via=relay,
         credentials=credentials,
     )
-    ending = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
+    ending = ends_by_signal()
     with service, ExitStack() as opened:
         service.open()
         entrance = opened.enter_context(opened_way(tunnel, service, f"trainfleet train {recipe} --feed"))
         if entrance is not None:
             address = [str(entrance.address)]
         _introduce(service, settings, recipe, address or [], dials or [])
-        with _LiveLine(service) as line:
-            while not ending.wait(_REFRESH_SECONDS if line.is_shown else 3600):
-                line.refresh()
+        stand(ending, _how_it_goes(service))
     served = service.served
     print(f"Ended after {served.batches:,} batches, {_bytes(served.num_bytes)}.", flush=True)
-
-
-def _credentials(where: str | None, relay: str | None, folder: Path | None, certs: Path | None) -> Credentials | None:
-    """Those of files; none where only this host can connect; otherwise new ones, or those kept in `folder`."""
-    from trainfleet.net.address import Address
-    from trainfleet.net.credentials import Credentials
-
-    if certs is not None:
-        from trainfleet.data.feed.config import certificates_in
-
-        return Credentials(certificates=certificates_in(certs))
-    if relay is None and folder is None and (where is None or Address.parse(where).is_loopback):
-        return None
-    return Credentials.make(folder=folder)
 
 
 def _places(to: str, ports: int) -> list[Address | Token]:
@@ -133,81 +108,29 @@ def _introduce(service: DataService, recipe: Recipe, path: Path, names: list[str
         print(f"{name:<11} {offer.samples:,} samples of {offer.source}", flush=True)
     workers = recipe.data.workers
     print(f"{'made by':<11} {f'{workers} workers' if workers > 1 else '1 process'}", flush=True)
-    for to in dials:
-        print(f"{'calls':<11} {to if len(to) < 60 else to[:12] + '…'}", flush=True)
+    tell_place(service, names, dials)
     if service.listener is None:
         return
-    print(f"{'listens at':<11} {service.listener.address}", flush=True)
-    if names:
-        print(f"{'called':<11} {', '.join(names)}", flush=True)
-    if service.credentials.secret is None and service.listener.address.is_loopback:
-        print(f"{'':<11} only this host can connect; --listen 0.0.0.0 lets others, by a token", flush=True)
     print("\nWhere it trains:\n", flush=True)
-    print(f"  trainfleet train {path} --feed {_for_trainers(service, names)}\n", flush=True)
+    print(f"  trainfleet train {path} --feed {reached_by(service, names)}\n", flush=True)
 
 
-def _for_trainers(service: DataService, names: list[str]) -> str:
-    """The token; the address where there is none to be had."""
-    from trainfleet.net.address import Address
+def _how_it_goes(service: DataService) -> Callable[[float], str]:
+    """Batches and bytes a second, trainers and what waits."""
+    last = service.served
 
-    assert service.listener is not None
-    place, credentials = service.listener.address, service.credentials
-    anywhere = place.host in ("0.0.0.0", "::")
-    called = names or ([socket.gethostname()] if anywhere else [])
-    places = [Address.parse(name, port=place.port) for name in called] or [place]
-    if credentials.secret is None:
-        return " --feed ".join(str(each) for each in places)
-    return str(service.listener.token(places if called else ()))
-
-
-class _LiveLine:
-    """Batches and bytes a second, trainers and what waits, on one line; in a terminal only."""
-
-    def __init__(self, service: DataService) -> None:
-        self._service = service
-        self._terminal = sys.stderr
-        self.is_shown = self._terminal.isatty()
-        self._last, self._at = service.served, time.monotonic()
-
-    def refresh(self) -> None:
-        if not self.is_shown:
-            return
-        served, now = self._service.served, time.monotonic()
-        seconds = max(now - self._at, 1e-9)
-        rate = (served.batches - self._last.batches) / seconds
-        speed = (served.num_bytes - self._last.num_bytes) / seconds
-        self._last, self._at = served, now
+    def text(seconds: float) -> str:
+        nonlocal last
+        served, before = service.served, last
+        last = served
         connections = f"{served.trainers} connection{'s' * (served.trainers != 1)}"
-        self._write(
-            f"{rate:,.1f} batches/s  {_bytes(speed)}/s  {connections}  {served.waiting} waiting  "
+        return (
+            f"{(served.batches - before.batches) / seconds:,.1f} batches/s  "
+            f"{_bytes((served.num_bytes - before.num_bytes) / seconds)}/s  {connections}  {served.waiting} waiting  "
             f"{served.batches:,} batches"
         )
 
-    def _write(self, text: str) -> None:
-        print(f"{_CLEAR}{text}", end="", file=self._terminal, flush=True)
-
-    def __enter__(self) -> _LiveLine:
-        if self.is_shown:
-            sys.stderr = _Above(self._terminal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.is_shown:
-            sys.stderr = self._terminal
-            self._write("")
-
-
-class _Above(io.TextIOBase):
-    """Stands in for stderr: what is logged takes the place of the live line, which comes back below."""
-
-    def __init__(self, terminal: TextIO) -> None:
-        self._terminal = terminal
-
-    def write(self, text: str) -> int:
-        return self._terminal.write(f"{_CLEAR}{text}")
-
-    def flush(self) -> None:
-        self._terminal.flush()
+    return text
 
 
 def _bytes(count: float) -> str:
