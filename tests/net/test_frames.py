@@ -41,6 +41,36 @@ def test_a_structure_that_is_known_is_checked_by_header_and_digest_alone():
     assert len(known) <= MAX_KNOWN
 
 
+def test_a_structure_that_was_sent_before_gives_the_same_frame():
+    written = {}
+    numbers = np.arange(6)
+    bodies = [
+        {"x": numbers, "y": numbers},
+        {"x": numbers.astype(">i8"), "y": numbers},
+        {"x": numbers.reshape(2, 3), "y": numbers.reshape(3, 2).T},
+        {"y": numbers, "x": numbers},
+        {"x": numbers, "y": 3},
+        {},
+    ]
+    for body in bodies * 2:
+        plain, again = pack("b", {"n": 1}, body, LIMITS), pack("b", {"n": 1}, body, LIMITS, written)
+        assert again.head == plain.head and again.num_bytes == plain.num_bytes
+        assert [array.tobytes() for array in again.arrays] == [array.tobytes() for array in plain.arrays]
+    assert len(written) == 5, "what is not only arrays is looked at anew"
+    for _ in range(2):
+        with pytest.raises(DataError):
+            pack("b", {}, {"x": np.array([None])}, LIMITS, written)
+    for n in range(1, 100):
+        pack("b", {}, {str(n): numbers}, LIMITS, written)
+    assert len(written) <= MAX_KNOWN
+
+
+def test_words_behind_a_head_are_refused():
+    data = b'{"k":"x","h":{}} {}\n{}'
+    with pytest.raises(PeerError, match="there is more behind it"):
+        read_head(read_header(header(data), LIMITS), data, LIMITS, {})
+
+
 def test_a_message_is_what_was_packed():
     out = pack("batch", {"epoch": 3}, {"x": np.ones((2, 3))}, LIMITS)
     facts = read_header(out.header(DIGEST), LIMITS)

@@ -29,6 +29,24 @@ def test_a_buffer_in_use_is_never_given_out_twice():
     assert pool.free_bytes <= (MAX_FREE + 1) * 120_000
 
 
+def test_the_buffer_that_came_back_last_is_the_next():
+    pool = Pool()
+    held = [pool.take(100_000) for _ in range(3)]
+    last = held[1].ctypes.data
+    for place in (2, 0, 1):
+        held[place] = None
+    assert pool.take(100_000).ctypes.data == last
+
+
+def test_arrays_outlive_their_pool():
+    pool = Pool()
+    array = pool.take(100_000)
+    array[:] = 7
+    del pool
+    gc.collect()
+    assert (array == 7).all()
+
+
 def test_buffers_begin_at_multiples_of_64():
     pool = Pool()
     assert all(pool.take(n).ctypes.data % 64 == 0 for n in (1, 1000, 1 << 16, 1 << 21))

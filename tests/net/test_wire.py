@@ -46,6 +46,23 @@ def test_bytes_arrive_as_they_were_sent(ends):
     assert got == whole
 
 
+def test_what_was_read_ahead_comes_first(ends):
+    left, right = ends
+    payload, next_words = bytes(range(256)) * 1024, b"digest and header" + bytes(39)
+    sender = threading.Thread(target=left.send, args=([memoryview(payload + next_words + b"head")],))
+    sender.start()
+    got, seen = bytearray(len(payload)), []
+    right.fill(memoryview(got), lambda piece: seen.append(bytes(piece)), ahead=len(next_words))
+    sender.join()
+    assert got == payload and b"".join(seen) == payload, "each piece is of the payload"
+    for words in (next_words[:20], next_words[20:], b"head"):
+        assert right.wait(1)
+        got = bytearray(len(words))
+        right.fill(memoryview(got))
+        assert got == words
+    assert not right.wait(0)
+
+
 def test_a_peer_that_says_nothing_is_stalled_and_one_that_left_has_ended(ends):
     left, right = ends
     assert not right.wait(0.01)

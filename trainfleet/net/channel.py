@@ -13,7 +13,6 @@ built here, and the next can.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ from xxhash import xxh3_128
 
 from trainfleet.errors import DataError, PeerError
 from trainfleet.net.compression import PREFIX, Compression, available, decode, name_at
+from trainfleet.net.flat import Flat
 from trainfleet.net.frames import (
     CODED,
     DIGEST,
@@ -38,6 +38,7 @@ from trainfleet.net.frames import (
     Known,
     Limits,
     Outgoing,
+    Written,
     pack,
     read_head,
     read_header,
@@ -105,6 +106,7 @@ class Channel:
         self._send_lock, self._recv_lock = threading.Lock(), threading.Lock()
         self._fault: str | None = None
         self._known: Known = {}
+        self._written: Written = {}
         self._greeted = False
         self._door = Door(sock) if nearby and AVAILABLE and sock.family in (socket.AF_INET, socket.AF_INET6) else None
         self._nearby: Nearby | None = None
@@ -131,9 +133,13 @@ class Channel:
         self._send(kind, head, body)
 
     def _send(self, kind: str, head: dict[str, Any] | None, body: Any) -> None:
-        message = pack(kind, head, body, self._limits)
-        with self._send_lock, self._whole_or_broken("was sent a frame"):
-            self._write(message)
+        message = pack(kind, head, body, self._limits, self._written)
+        with self._send_lock:
+            self._check_whole()
+            try:
+                self._write(message)
+            except BaseException as exc:
+                self._break(exc, "was sent a frame")
 
     def recv(self, timeout: float | timedelta) -> Message:
         """The next message. Raises TimeoutError when none began within `timeout` (seconds), PeerError, DataError."""
@@ -218,8 +224,7 @@ class Channel:
         self.counters.bytes_sent += sum(piece.nbytes for piece in pieces)
 
     def _await_frame(self, ends: float, seconds: float) -> None:
-        if self._fault:
-            raise PeerError(f"The connection to {self.address} is closed: {self._fault}.")
+        self._check_whole()
         begun = time.monotonic()
         came = self._wire.wait(max(0.0, ends - begun))
         self.counters.seconds_waiting += time.monotonic() - begun
@@ -238,7 +243,8 @@ class Channel:
     def _read_message(self) -> Message | None:
         """None for a word between channels. Raises DataError for what may not be built here."""
         begun = time.perf_counter()
-        with self._whole_or_broken("sent a frame"):
+        self._check_whole()
+        try:
             incoming, memory, shared = self._read()
             if (incoming.kind == HELLO) is self._greeted or (self._greeted and incoming.kind.startswith(OWN)):
                 raise PeerError(f"A frame of the kind {incoming.kind[:20]!r} came out of turn.")
@@ -246,12 +252,19 @@ class Channel:
                 self._meet(incoming.head)
                 return None
             refused = incoming.refused
-            body = None if refused else build(incoming.tree, memory, classes=self._classes, shared=shared)
+            body = None if refused else self._built(incoming.tree, memory, shared)
+        except BaseException as exc:
+            self._break(exc, "sent a frame")
         self.counters.seconds_receiving += time.perf_counter() - begun
         self.counters.frames_received += 1
         if refused:
             raise refused
         return Message(incoming.kind, incoming.head, body)
+
+    def _built(self, tree: Any, memory: Bytes, shared: bool) -> Any:
+        if isinstance(tree, Flat):
+            return tree.build(memory)
+        return build(tree, memory, classes=self._classes, shared=shared)
 
     def _meet(self, head: dict[str, Any]) -> None:
         if self._door is not None:
@@ -298,7 +311,9 @@ class Channel:
             memory = np.empty(length, np.uint8)
         else:
             memory = self._pool.take(header.num_bytes)
-        self._wire.fill(memory.data, None if digest is None else digest.update)
+        # With the digest, and the next header if it is here: what would follow that begins at no even place in memory.
+        ahead = HEADER.size + (0 if digest is None else DIGEST_BYTES)
+        self._wire.fill(memory.data, None if digest is None else digest.update, ahead)
         self.counters.bytes_received += memory.nbytes
         if digest is not None and self._filled(DIGEST_BYTES) != digest.digest():
             raise PeerError("A frame's payload was damaged on the way: its digest differs.")
@@ -307,21 +322,16 @@ class Channel:
             decode(name_at(place), coded, memory)
         return memory
 
-    @contextlib.contextmanager
-    def _whole_or_broken(self, deed: str) -> Iterator[None]:
-        """A frame half written or half read leaves the stream out of step, whatever the reason: nothing can follow."""
+    def _check_whole(self) -> None:
         if self._fault:
             raise PeerError(f"The connection to {self.address} is closed: {self._fault}.")
-        try:
-            yield
-        except (Ended, Stalled, OSError, PeerError) as exc:
-            self._break(exc, deed)
-        except BaseException as exc:
+
+    def _break(self, exc: BaseException, deed: str) -> NoReturn:
+        """A frame half written or half read leaves the stream out of step, whatever the reason: nothing can follow."""
+        if not isinstance(exc, Ended | Stalled | OSError | PeerError):
             self._fault = self._fault or f"a frame was interrupted here by {type(exc).__name__}"
             self._wire.wake()
-            raise
-
-    def _break(self, exc: Exception, deed: str) -> NoReturn:
+            raise exc
         if self._fault:  # closed here, meanwhile
             raise PeerError(f"The connection to {self.address} is closed: {self._fault}.") from exc
         if isinstance(exc, PeerError):

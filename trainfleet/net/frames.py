@@ -23,7 +23,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from xxhash import xxh3_64_digest
 
 from trainfleet.errors import ConfigError, DataError, NotAdmitted, PeerError
-from trainfleet.net.structure import Bytes, Classes, NotAllowed, flatten, padded, survey
+from trainfleet.net.flat import Flat, Look, look_of
+from trainfleet.net.structure import Bytes, Classes, NotAllowed, as_bytes, flatten, padded, survey
 
 MAGIC: Final = b"TFfr"
 VERSION: Final = 1
@@ -31,6 +32,7 @@ HEADER: Final = struct.Struct("<4sBBHIIQ8s8s")
 DIGEST_BYTES: Final = 16
 
 _json = json.JSONEncoder(separators=(",", ":")).encode
+_read_json = json.JSONDecoder().raw_decode  # `loads` looks for white space, too, which nobody sends
 DIGEST, SHARED, CODED = 1, 2, 4
 """Flags: a digest follows the payload; the payload lies in shared memory; it went through a codec."""
 
@@ -100,16 +102,34 @@ class Incoming(NamedTuple):
     kind: str
     head: dict[str, Any]
     tree: Any
+    """As `survey` passed it, or what `Flat.of` made of that."""
     num_bytes: int
     refused: NotAllowed | None
     """The payload is to be read and thrown away, and this raised."""
 
 
-def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits) -> Outgoing:
-    """A message ready to be written; DataError for what cannot travel or is beyond our own limits."""
-    tree, arrays = flatten(body, max_depth=limits.max_depth)
+MAX_KNOWN: Final = 16
+"""Structures: batches of one stream are nearly always alike, and need not be walked through again."""
+KNOWN_BYTES: Final = 1 << 12
+Known: TypeAlias = dict[tuple[bytes, int, int], Any]
+"""Those that have passed."""
+Written: TypeAlias = dict[Look, str]
+"""Structures as JSON that were sent before."""
+
+
+def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits, written: Written | None = None) -> Outgoing:
+    """A message ready to be written; DataError for what cannot travel or is beyond our own limits.
+
+    `written` is kept by the caller.
+    """
+    look = None if written is None else look_of(body)
+    structure = None if written is None or look is None else written.get(look)
+    if structure is not None:
+        tree, arrays = None, [as_bytes(array) for array in body.values()]
+    else:
+        tree, arrays = flatten(body, max_depth=limits.max_depth)
     try:
-        text = f"{_json({'k': kind, 'h': head or {}})}\n{_json(tree)}".encode()
+        text = f"{_json({'k': kind, 'h': head or {}})}\n{structure or _json(tree)}".encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise DataError(f"The head of a message {kind!r} cannot be written as JSON: {exc}.") from exc
     num_bytes = sum(padded(array.nbytes) for array in arrays)
@@ -124,6 +144,10 @@ def pack(kind: str, head: dict[str, Any] | None, body: Any, limits: Limits) -> O
                 f"A message {kind!r} has {name} {value:,}{unit}, and the limit is {limit:,}. "
                 "Make batches smaller, or raise the limit at both ends."
             )
+    if written is not None and look is not None and structure is None:
+        if len(written) >= MAX_KNOWN:
+            written.clear()
+        written[look] = _json(tree)
     return Outgoing(text, arrays, num_bytes)
 
 
@@ -143,6 +167,8 @@ def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
         )
     if flags & ~(DIGEST | SHARED | CODED) or (buffer and not flags & SHARED):
         raise PeerError(f"A frame has flags {flags:#x} that nobody sets.")
+    if num_bytes <= limits.max_bytes and head_bytes <= limits.max_head_bytes and num_arrays <= limits.max_arrays:
+        return Header(flags, buffer, head_bytes, num_arrays, num_bytes, head_digest)
     for name, value, limit in (
         ("arrays of {:,} bytes", num_bytes, limits.max_bytes),
         ("a head of {:,} bytes", head_bytes, limits.max_head_bytes),
@@ -152,13 +178,7 @@ def read_header(data: bytes | bytearray | memoryview, limits: Limits) -> Header:
             raise PeerError(
                 f"A frame announces {name.format(value)}, and the limit is {limit:,}. Raise it if it is meant."
             )
-    return Header(flags, buffer, head_bytes, num_arrays, num_bytes, head_digest)
-
-
-Known: TypeAlias = dict[tuple[bytes, int, int], Any]
-"""Structures that have passed: batches of one stream are nearly always alike, and need not be surveyed again."""
-MAX_KNOWN: Final = 16
-KNOWN_BYTES: Final = 1 << 12
+    raise AssertionError("one of them is beyond its limit")
 
 
 def read_head(
@@ -169,7 +189,10 @@ def read_head(
         raise PeerError("A frame's head was damaged on the way: its digest differs.")
     try:
         first, _, structure = bytes(data).partition(b"\n")
-        whole = json.loads(first)
+        words = first.decode()
+        whole, end = _read_json(words)
+        if end != len(words):
+            raise ValueError(f"there is more behind it: {words[end : end + 20]!r}")
         kind, head = whole["k"], whole["h"]
         key = (structure, header.num_arrays, header.num_bytes)
         if known is not None and key in known and type(kind) is str and type(head) is dict:
@@ -195,5 +218,5 @@ def read_head(
     if known is not None and refused is None and len(structure) <= KNOWN_BYTES:
         if len(known) >= MAX_KNOWN:
             known.clear()
-        known[key] = tree
+        known[key] = tree = Flat.of(tree) or tree
     return Incoming(kind, head, tree, header.num_bytes, refused)

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import weakref
+from array import array
 from collections import deque
 from typing import Any, Final, NamedTuple
 
@@ -49,6 +50,8 @@ MEET_SECONDS: Final = 5.0
 _NAME = re.compile(r"[0-9a-f]{32}")
 _WORD = struct.Struct("<cIQ")
 _NEW, _FREE, _DROPPED = b"N", b"F", b"D"
+_INT: Final = array("i").itemsize
+_ROOM: Final = socket.CMSG_LEN(_INT) if hasattr(socket, "CMSG_LEN") else 0
 _NOW: Final = int(getattr(socket, "MSG_DONTWAIT", 0)) | int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
@@ -128,6 +131,7 @@ class Nearby:
         self._free: list[int] = []
         self._next = 0
         self._theirs: dict[int, mmap.mmap] = {}
+        self._borrowed: dict[int, tuple[weakref.ref[Any], int]] = {}  # by id of the reference: a buffer of theirs
         self._unsaid: deque[tuple[bytes, int]] = deque()  # filled by finalizers too, whichever thread they run on
 
     # what we send
@@ -140,7 +144,7 @@ class Nearby:
         patience = time.monotonic() + num_bytes / TCP_BYTES_PER_SECOND
         while True:
             if not self._free:
-                self._hear()
+                self._hear(until_free=True)
             number = self._fitting(num_bytes)
             if number is None and self._may_grow(num_bytes, time.monotonic() > patience):
                 number = self._new(num_bytes)
@@ -209,11 +213,15 @@ class Nearby:
         if len(memory) < num_bytes:
             raise PeerError(f"A frame of {num_bytes:,} bytes lies in a shared buffer of {len(memory):,}.")
         whole: Any = np.frombuffer(memory, np.uint8)
-        # On whichever thread the last array goes: no lock, no wait.
-        weakref.finalize(whole, self._say, _FREE, number).atexit = False
+        reference = weakref.ref(whole, self._give_back)
+        self._borrowed[id(reference)] = reference, number
         self._say_again()
         borrowed: Bytes = whole[:num_bytes]
         return borrowed
+
+    def _give_back(self, reference: weakref.ref[Any]) -> None:
+        """On whichever thread the last array goes: no lock, no wait."""
+        self._say(_FREE, self._borrowed.pop(id(reference))[1])
 
     def _map(self, number: int, size: int, descriptor: int) -> mmap.mmap:
         """The peer's memory, once it is certain that no page of it can go away: a missing one would be a SIGBUS."""
@@ -266,17 +274,18 @@ class Nearby:
             poll.register(self._sock, select.POLLIN)
             poll.poll(min(5.0, max(0.1, seconds * 1000)))  # short: the other thread may have heard it
 
-    def _hear(self) -> None:
-        """Take in every word that has come. Raises PeerError for what cannot be."""
+    def _hear(self, *, until_free: bool = False) -> None:
+        """Take in every word that has come, or those up to a free buffer. Raises PeerError for what cannot be."""
         assert self._sock is not None
-        while not self._closed:
+        while not (self._closed or (until_free and self._free)):
             with self._lock:
                 try:
-                    data, descriptors, _, _ = socket.recv_fds(self._sock, _WORD.size + 1, 1, _NOW)
+                    data, said_beside, _, _ = self._sock.recvmsg(_WORD.size + 1, _ROOM, _NOW)
                 except BlockingIOError:
                     return
                 except OSError:
-                    data, descriptors = b"", []
+                    data, said_beside = b"", []
+                descriptors = _descriptors(said_beside) if said_beside else []
                 try:
                     self._take_in(data, descriptors)
                 finally:
@@ -306,6 +315,16 @@ class Nearby:
         self._door.close()
         self._own.clear()
         self._theirs.clear()  # arrays that are in use keep their own hold on the memory
+
+
+def _descriptors(said_beside: list[tuple[int, int, bytes]]) -> list[int]:
+    """Those that came with a word; ours to close."""
+    return [
+        number
+        for level, kind, data in said_beside
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+        for number in array("i", data[: len(data) // _INT * _INT])
+    ]
 
 
 def _abstract(name: str) -> bytes:

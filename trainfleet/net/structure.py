@@ -76,6 +76,11 @@ def flatten(value: Any, *, max_depth: int) -> Flattened:
     return Flattened(writer.node(value), writer.arrays)
 
 
+def as_bytes(array: NDArray[Any]) -> Bytes:
+    """Its own memory, one-dimensional; a copy where it was not contiguous."""
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8)
+
+
 class _Writer:
     def __init__(self, max_depth: int) -> None:
         self.arrays: list[Bytes] = []
@@ -133,7 +138,7 @@ class _Writer:
                 f"An array of dtype {array.dtype}{self._where()} cannot travel. "
                 "Use booleans, integers, floats up to 64 bits, complex numbers, strings or dates."
             )
-        self.arrays.append(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+        self.arrays.append(as_bytes(array))
         tag, *shape = tag_and_shape
         return [tag, dtype, *shape]
 

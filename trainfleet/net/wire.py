@@ -27,7 +27,8 @@ MAX_PIECES: Final = 512  # of one call; Linux takes 1,024
 LEAST_BYTES: Final = 1 << 18  # what a peer has to give or take within the time of a stall
 RECORD_BYTES: Final = 1 << 14  # of TLS, at most
 JOIN_BYTES: Final = 1 << 14  # pieces below this are joined before they are encrypted
-EARLY_BYTES: Final = 40  # a header: what `wait` may read
+EARLY_BYTES: Final = 1 << 12  # what `wait` may read over TLS: a record, which has a header and its head
+MAX_AHEAD: Final = 64
 Each: TypeAlias = Callable[[memoryview], object]
 _ZEROS: Final = memoryview(bytes(64))
 
@@ -50,8 +51,11 @@ class Wire(Protocol):
 
     def send(self, pieces: Sequence[memoryview]) -> None: ...
 
-    def fill(self, view: memoryview, each: Each | None = None) -> None:
-        """Read until `view` is full; `each` is called with every piece as it has come, in order."""
+    def fill(self, view: memoryview, each: Each | None = None, ahead: int = 0) -> None:
+        """Read until `view` is full; `each` is called with every piece as it has come, in order.
+
+        Up to `ahead` bytes that follow may be read in the same call, for the next one; at most MAX_AHEAD.
+        """
 
     def wake(self) -> None:
         """End both directions, so that whoever waits in another thread returns."""
@@ -103,9 +107,11 @@ class BlockingWire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self._ahead = memoryview(bytearray(MAX_AHEAD))
+        self._begin = self._end = 0  # of what has been read ahead
 
     def wait(self, seconds: float) -> bool:
-        return bool(self._readable.poll(seconds * 1000))
+        return self._end > self._begin or bool(self._readable.poll(seconds * 1000))
 
     def send(self, pieces: Sequence[memoryview]) -> None:
         left = sum(piece.nbytes for piece in pieces)
@@ -121,21 +127,26 @@ class BlockingWire:
             self._check_progress(sent, began)
             pieces = _rest(pieces, sent)
 
-    def fill(self, view: memoryview, each: Each | None = None) -> None:
-        """What is short by one call that waits for all; a payload by waits for the low water, and calls without."""
-        done, size = 0, view.nbytes
-        waits_for_all = size < LEAST_LOW_WATER
-        low = 1
+    def fill(self, view: memoryview, each: Each | None = None, ahead: int = 0) -> None:
+        """What is short by what is here, and a call that waits for all; a payload by waits for the low water."""
+        done, size = self._take_ahead(view), view.nbytes
+        if done and each is not None:
+            each(view[:done])
+        low, is_short = 1, size < LEAST_LOW_WATER
         while done < size:
             began = time.monotonic()
-            if not waits_for_all:
+            if not is_short:
                 if min(LOW_WATER, size - done) != low:
                     low = min(LOW_WATER, size - done)
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
                 self._readable.poll(self._stall * 1000)
-            flags = socket.MSG_WAITALL if waits_for_all else socket.MSG_DONTWAIT
+            part = view[done : done + SLICE_BYTES]
             try:
-                got = self._sock.recv_into(view[done : done + SLICE_BYTES], 0, flags)
+                if is_short or done + part.nbytes < size or not ahead:
+                    flags = socket.MSG_WAITALL if is_short else socket.MSG_DONTWAIT
+                    got = self._sock.recv_into(part, 0, flags)
+                else:
+                    got = self._receive_last(part, ahead)
             except BlockingIOError:
                 raise Stalled from None
             if not got:
@@ -147,6 +158,20 @@ class BlockingWire:
             done += got
         if low != 1:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _take_ahead(self, view: memoryview) -> int:
+        count = min(self._end - self._begin, view.nbytes)
+        if count:
+            view[:count] = self._ahead[self._begin : self._begin + count]
+            self._begin += count
+        return count
+
+    def _receive_last(self, view: memoryview, ahead: int) -> int:
+        """What is here, and what lies beyond `view` into the room for that, which is empty."""
+        got = self._sock.recvmsg_into([view, self._ahead[:ahead]], 0, socket.MSG_DONTWAIT)[0]
+        beyond = max(0, got - view.nbytes)
+        self._begin, self._end = 0, beyond
+        return got - beyond
 
     def _check_progress(self, num_bytes: int, began: float) -> None:
         """The kernel gave up waiting within a call: a link may be slow, a trickle is no link."""
@@ -218,7 +243,7 @@ class PolledWire:
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise Ended from None
 
-    def fill(self, view: memoryview, each: Each | None = None) -> None:
+    def fill(self, view: memoryview, each: Each | None = None, ahead: int = 0) -> None:
         early = min(len(self._early), view.nbytes)
         view[:early], self._early = self._early[:early], self._early[early:]
         if each is not None:
