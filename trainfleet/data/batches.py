@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -12,6 +13,7 @@ from trainfleet.data.collate import to_numpy, to_torch
 from trainfleet.data.crew import Crew, Pool
 from trainfleet.data.sampler import Short, Span, check_places, check_same_source, next_span
 from trainfleet.data.samples import Made
+from trainfleet.data.waits import Waits
 from trainfleet.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ class Batches:
     def __init__(self, crew: Crew, *, pin: bool, as_numpy: bool, on_skip: Callable[[int, str], None] | None) -> None:
         self.skipped = 0
         """Bad samples left out of this rank's consumed batches."""
+        self.waits = Waits()
+        """What the loop waited for, so far."""
         self.crew = crew
         self._pin, self._on_skip, self._as_numpy = pin, on_skip, as_numpy
         self._pool: Pool | None = None
@@ -43,11 +47,13 @@ class Batches:
         if not self._planned:
             raise StopIteration
         task, span, dropped = self._planned[0]
+        begun = time.perf_counter()
         try:
             made = self._pool.receive(task) if self._pool is not None else self.crew.make(span)
         except BaseException:
             self._forget_plans()  # the next call tries the same span again
             raise
+        self.waits.add(time.perf_counter() - begun, made)
         self._planned.popleft()
         self._consumed(span, dropped, made)
         if made.ended:

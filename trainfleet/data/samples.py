@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from trainfleet.data.collate import add_weights, stack_samples
 from trainfleet.data.order import indices_at
 from trainfleet.data.sampler import Share, Short, Span, share_of
 from trainfleet.data.source import BlockSource, Source, blocks_of
+from trainfleet.data.waits import Way
 from trainfleet.errors import DataError
 from trainfleet.imports import imported
 
@@ -38,6 +40,12 @@ class Made:
     """There is no batch: the last epoch of an iterable is over."""
     num_dropped: int = 0
     """Samples before that end which filled no batch."""
+    spent: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
+    """Seconds in the source, and in all else of its making: transform, collate. Zero where nobody timed it."""
+    way: Way | None = field(default=None, compare=False)
+    """How it came here from a feeder."""
+    num_bytes: int = field(default=0, compare=False)
+    """That came over the network for it."""
 
 
 class Maker(Protocol):
@@ -59,11 +67,15 @@ class IndexedMaker:
     bad: Bad
     transform: Transform
     collate: Callable[[list[Any]], Any] | None
+    _in_source: float = field(default=0.0, init=False, repr=False, compare=False)  # seconds, of the batch at hand
 
     def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made:
         share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
+        begun = time.perf_counter()
+        self._in_source = 0.0
         with self.transform.kept_randomness():
-            return self._make(span, share, progress, poison)
+            made = self._make(span, share, progress, poison)
+        return replace(made, spent=(self._in_source, time.perf_counter() - begun - self._in_source))
 
     def _make(self, span: Span, share: Share, progress: Progress, poison: Collection[int]) -> Made:
         samples: list[Any] = []
@@ -111,7 +123,12 @@ class IndexedMaker:
         if index in poison:
             raise DataError("it killed two worker processes")
         self.transform.seed_globals(epoch, index)  # the source itself may draw
-        return self.transform(self.source[index], epoch, index)
+        begun = time.perf_counter()
+        try:
+            sample = self.source[index]
+        finally:
+            self._in_source += time.perf_counter() - begun
+        return self.transform(sample, epoch, index)
 
     def _stand_in(
         self,

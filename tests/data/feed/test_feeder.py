@@ -71,7 +71,10 @@ def test_it_says_what_it_has_is_asked_and_answers(heard):
     assert kind == "joined" and told.streams == {"training": OFFER} and (told.host, told.workers) == ("cpu-0", 3)
     end = heard.ends.get(timeout=5)
     heard.feeder.ask(5, UNIT)
-    assert end.recv(5).head == {"task": 5, **UNIT.to_plain()}
+    assert end.recv(5).head == {"task": 5, "arrived": [], **UNIT.to_plain()}
+    heard.feeder.arrived(5, 0.25)
+    heard.feeder.ask(6, UNIT)
+    assert end.recv(5).head == {"task": 6, "arrived": [[5, 0.25]], **UNIT.to_plain()}
     end.send("alive", {"progress": 7})
     assert heard.next() == ("alive", 7)
     end.send("made", {"task": 5, "skipped": []}, [1])

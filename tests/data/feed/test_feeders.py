@@ -22,13 +22,16 @@ class Known:
     """A feeder that notes what is asked of it."""
 
     def __init__(self, name):
-        self.name, self.asked = name, []
+        self.name, self.asked, self.told = name, [], []
 
     def ask(self, task, unit):
         self.asked.append((task, unit))
 
     def forget(self):
         self.asked.append("forget")
+
+    def arrived(self, task, seconds):
+        self.told.append((task, seconds))
 
 
 @pytest.fixture
@@ -81,6 +84,9 @@ def test_a_batch_comes_from_whoever_has_room(pool):
         made(0, skipped=None),
         made(0, skipped=[["3", "rotten"]]),
         made(0, skipped=[[3]]),
+        made(0, seconds=[1.0, 2.0]),
+        made(0, seconds=[1.0, 2.0, 3.0, -1.0]),
+        made(0, seconds=[1, 2, 3, "4"]),
         Message("failed", {"error": "?"}, None),
     ],
 )
@@ -149,3 +155,18 @@ def test_a_feeder_that_is_alive_and_makes_nothing_is_not_waited_for_for_ever(poo
             stop.set()
             speaker.join()
         assert time.monotonic() - waited >= least, "while samples are made there, it is waited for"
+
+
+def test_what_a_feeder_took_and_the_way_took_comes_with_the_batch(pool):
+    one = Known("one")
+    pool.joined(one, told())
+    pool.submit(0, unit(0, 8))
+    time.sleep(0.05)
+    pool.made(one, made(0, "batch", seconds=[0.01, 0.005, 0.002, 0.001]), 1234)
+    found = pool.receive(0)
+    assert found.spent == (0.01, 0.005) and found.num_bytes == 1234
+    assert (found.way.queued, found.way.outbox) == (0.002, 0.001) and 0.03 <= found.way.transit < 0.5
+    assert one.told == [(0, pytest.approx(found.way.transit, abs=1e-6))]
+    pool.submit(1, unit(8, 16))
+    pool.made(one, made(1, "batch"), 10)
+    assert pool.receive(1).way is None, "who does not say is not timed"

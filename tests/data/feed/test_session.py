@@ -90,6 +90,7 @@ def test_what_it_does_not_have_is_an_answer_too(fed):
     [
         ("ask", {}, "number of a task"),
         ("ask", {"task": 1, "epoch": 0}, "belong"),
+        ("ask", {"task": 1, "arrived": [[1, "soon"]]}, "told of arrivals"),
         ("give me", {}, "trainers do not say"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple, Protocol
@@ -56,12 +57,18 @@ class Feeder:
     ) -> None:
         self.name = name
         self._listening = listening
+        self._arrived: deque[tuple[int, float]] = deque(maxlen=64)
         self._line = Line(name, connect, self, open_channel, again=again)
         self._line.start()
 
     def ask(self, task: int, unit: Unit) -> None:
         """Without an answer if the connection is gone: its thread hears that too."""
-        self._line.say("ask", {"task": task, **unit.to_plain()})
+        arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
+        self._line.say("ask", {"task": task, "arrived": arrived, **unit.to_plain()})
+
+    def arrived(self, task: int, seconds: float) -> None:
+        """Have the feeder know, with the next question, how long a batch of it was under way."""
+        self._arrived.append((task, seconds))
 
     def forget(self) -> None:
         """Nothing that was asked for is wanted any more."""

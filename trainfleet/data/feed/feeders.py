@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from trainfleet.data.feed.feeder import Feeder, Told
 from trainfleet.data.feed.terms import Offer, Unit
 from trainfleet.data.samples import Made
+from trainfleet.data.waits import Way
 from trainfleet.errors import DataError, NotAdmitted, PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel, Message
@@ -72,6 +73,7 @@ class Feeders:
         self._changed = threading.Condition()
         self._leases: Leases[Unit] = Leases()
         self._done: dict[int, Made | Exception] = {}
+        self._asked: dict[int, float] = {}  # when somebody was last asked for it
         self._offers: dict[str, Offer] = {}
         self._reasons: dict[str, str] = {}  # by feeder, why it is not here
         self._num_given_up = 0
@@ -210,6 +212,11 @@ class Feeders:
             raise found
         return found
 
+    def ready_among(self, tasks: Iterable[int]) -> int:
+        """How many of these are here."""
+        with self._changed:
+            return sum(task in self._done for task in tasks)
+
     def forget(self, tasks: Iterable[int]) -> None:
         """Drop submitted tasks. Feeders are told where nothing else is wanted of them; else what they make of it is
         thrown away here."""
@@ -218,6 +225,7 @@ class Feeders:
             self._leases.drop(tasks)
             for task in tasks:
                 self._done.pop(task, None)
+                self._asked.pop(task, None)
             idle = not len(self._leases)
         for feeder in list(self._feeders) if idle else ():
             feeder.forget()
@@ -278,11 +286,14 @@ class Feeders:
     def made(self, feeder: Feeder, message: Message, num_bytes: int) -> None:
         task, made = _parsed(message)
         with self._changed:
-            self._moved = time.monotonic()
+            self._moved = now = time.monotonic()
+            made = _timed(made, message, now - self._asked.pop(task, now), num_bytes)
             idle = self._starved and message.head.get("idle") is True
-            if self._leases.arrived(feeder, task, time.monotonic(), num_bytes, idle=idle):
+            if self._leases.arrived(feeder, task, now, num_bytes, idle=idle):
                 self._done[task] = made
                 self._changed.notify_all()
+        if isinstance(made, Made) and made.way is not None:
+            feeder.arrived(task, round(made.way.transit, 6))
         self._hand_out()
 
     def alive(self, feeder: Feeder, progress: object) -> None:
@@ -314,6 +325,7 @@ class Feeders:
     def _ask(self, given: Sequence[tuple[Hashable, int, Unit]]) -> None:
         for feeder, task, unit in given:  # not under the lock: a feeder may be slow to take it
             assert isinstance(feeder, Feeder)
+            self._asked[task] = time.monotonic()
             feeder.ask(task, unit)
 
     def _wait(self, met: Callable[[], bool], what: str, task: int | None = None) -> None:
@@ -356,6 +368,20 @@ def _parsed(message: Message) -> tuple[int, Made | Exception]:
     if not isinstance(skipped, list) or not all(_is_skip(each) for each in skipped):
         raise PeerError("A feeder told of bad samples in words that are none.")
     return task, Made(message.body, tuple((each[0], each[1]) for each in skipped))
+
+
+def _timed(made: Made | Exception, message: Message, seconds: float, num_bytes: int) -> Made | Exception:
+    """`made` with what its feeder and we have measured; `seconds`: since it was asked for."""
+    if isinstance(made, Exception):
+        return made
+    told = message.head.get("seconds")
+    if told is None:
+        return replace(made, num_bytes=num_bytes)
+    if not isinstance(told, list) or len(told) != 4 or not all(type(each) is float and each >= 0 for each in told):
+        raise PeerError("A feeder told of its time in words that are none.")
+    source, transform, queued, outbox = told
+    way = Way(queued, outbox, max(0.0, seconds - sum(told)))
+    return replace(made, spent=(source, transform), way=way, num_bytes=num_bytes)
 
 
 def _is_skip(each: Any) -> bool:

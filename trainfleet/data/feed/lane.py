@@ -34,5 +34,10 @@ class Lane:
         self.forget()
 
     @property
+    def ready(self) -> int:
+        """Batches that are here and wait for the loop."""
+        return self._feeders.ready_among(self._numbers.values())
+
+    @property
     def pids(self) -> list[int]:
         return []

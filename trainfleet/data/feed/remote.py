@@ -161,6 +161,11 @@ class RemoteBatches(IndexedBatches):
             self._remote.pool.close()
 
     @property
+    def ready(self) -> int:
+        """Batches that are here and wait for the loop."""
+        return self._pool.ready if isinstance(self._pool, Lane) else 0
+
+    @property
     def digests(self) -> dict[str, str]:
         """By stream, of what the feeders' samples are."""
         return {name: offer.digest for name, offer in self.feeders.offers.items()}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from trainfleet.data.crew import Workers
 from trainfleet.data.feed.session import Session
 from trainfleet.data.feed.stock import Stock
+from trainfleet.data.feed.times import Spent, Times
 from trainfleet.data.feed.workshop import Workshop
 from trainfleet.data.loader import LocalBatches
 from trainfleet.errors import PeerError
@@ -38,6 +39,11 @@ class Served(NamedTuple):
     """Connections: one a rank and stream."""
     waiting: int
     """Batches that are asked for and that no worker has begun."""
+    workers: int
+    spent: Spent
+    """Where their time went."""
+    reached: tuple[int, int] | None
+    """Epoch and position to which the farthest of the trainers that are here was fed; None where none is."""
 
 
 class DataService:
@@ -85,6 +91,7 @@ class DataService:
         self._sessions: dict[Session, str] = {}
         self._done_batches = self._done_bytes = 0  # of trainers that have gone
         self._lock = threading.Lock()
+        self._times = Times()
         self._opened = ExitStack()
 
     @property
@@ -154,6 +161,9 @@ class DataService:
                 num_bytes=self._done_bytes + sum(session.num_bytes for session in sessions),
                 trainers=len(sessions),
                 waiting=self._workshop.waiting,
+                workers=len(self._workshop.pids),
+                spent=self._times.spent,
+                reached=max((session.reached for session in sessions if session.reached), default=None),
             )
 
     @property
@@ -163,7 +173,7 @@ class DataService:
     def _feed(self, sock: socket.socket) -> None:
         who = peer_of(sock).address
         try:
-            session = Session(Channel(sock, limits=self._limits), self.stock, self._workshop)
+            session = Session(Channel(sock, limits=self._limits), self.stock, self._workshop, self._times)
         except PeerError as exc:
             logger.info("%s", exc)
             return

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from typing import Any, NamedTuple
 
 from trainfleet.data.feed.stock import Stock
 from trainfleet.data.feed.terms import Unit
+from trainfleet.data.feed.times import Times
 from trainfleet.data.feed.workshop import Finished, Workshop
 from trainfleet.data.samples import Made
 from trainfleet.errors import DataError, PeerError, TrainfleetError
@@ -24,6 +26,9 @@ MOST_ASKED = 4096
 class _Done(NamedTuple):
     task: int
     finished: Finished
+    unit: Unit | None = None
+    asked: float = 0.0
+    at: float = 0.0
 
 
 _ALIVE = _Done(-1, Finished(Made(None), False))
@@ -32,13 +37,16 @@ _ALIVE = _Done(-1, Finished(Made(None), False))
 class Session:
     """`run` returns when the trainer has gone, raises PeerError if it broke off or said what cannot be."""
 
-    def __init__(self, channel: Channel, stock: Stock, workshop: Workshop) -> None:
+    def __init__(self, channel: Channel, stock: Stock, workshop: Workshop, times: Times | None = None) -> None:
         self.num_units = 0
         """Units sent."""
         self.num_bytes = 0
-        self._channel, self._stock, self._workshop = channel, stock, workshop
+        self.reached: tuple[int, int] | None = None
+        """Epoch and position of the training stream up to which units were sent."""
+        self._channel, self._stock, self._workshop, self._times = channel, stock, workshop, times or Times()
         self._done: queue.SimpleQueue[_Done | None] = queue.SimpleQueue()
         self._asked: set[int] = set()
+        self._begun: dict[int, float] = {}  # when the sending of a task began that the trainer has not told of yet
         self._lock = threading.Lock()
 
     def run(self, words: dict[str, Any]) -> None:
@@ -83,6 +91,7 @@ class Session:
         task = head.pop("task", None)
         if type(task) is not int:
             raise PeerError(f"{self._channel.address} asked without the number of a task.")
+        self._note_arrivals(head.pop("arrived", []))
         unit = Unit.from_plain(head)
         with self._lock:
             if task in self._asked or len(self._asked) >= MOST_ASKED:
@@ -95,7 +104,10 @@ class Session:
         except DataError as exc:
             self._done.put(_Done(task, Finished(exc, False)))
             return
-        self._workshop.submit(self, unit, lambda finished: self._done.put(_Done(task, finished)))
+        now = time.monotonic()
+        self._workshop.submit(
+            self, unit, lambda finished: self._done.put(_Done(task, finished, unit, now, time.monotonic()))
+        )
 
     def _send_what_is_done(self) -> None:
         """Until the connection is gone; its reader is told so by the channel itself."""
@@ -115,6 +127,18 @@ class Session:
                 logger.debug("%s", exc)
                 return
 
+    def _note_arrivals(self, arrived: Any) -> None:
+        """How long batches were under way, which their trainer tells with its next question."""
+        if not isinstance(arrived, list) or not all(_is_arrival(each) for each in arrived):
+            raise PeerError(f"{self._channel.address} told of arrivals in words that are none.")
+        for task, seconds in arrived:
+            if (begun := self._begun.pop(task, None)) is not None:
+                self._times.arrived(begun, seconds)
+
+    def _note_place(self, unit: Unit | None) -> None:
+        if unit is not None and unit.terms.stream == "training":
+            self.reached = max(self.reached or (0, 0), (unit.epoch, unit.end))
+
     def _send(self, done: _Done) -> None:
         with self._lock:
             if done.task not in self._asked:
@@ -122,16 +146,35 @@ class Session:
             self._asked.discard(done.task)
         made, idle = done.finished
         if not isinstance(made, Exception):
-            head = {"task": done.task, "idle": idle, "skipped": [list(each) for each in made.skipped]}
+            self._times.made(*made.spent)
+            head = {
+                "task": done.task,
+                "idle": idle,
+                "skipped": [list(each) for each in made.skipped],
+                "seconds": _seconds(done, made),
+            }
             try:
                 before = self._channel.counters.bytes_sent
-                self._channel.send("made", head, made.batch)
+                self._begun[done.task] = time.monotonic()
+                with self._times.sending():
+                    self._channel.send("made", head, made.batch)
+                self._note_place(done.unit)
                 self.num_units += 1
                 self.num_bytes += self._channel.counters.bytes_sent - before
                 return
             except DataError as exc:
                 made = exc
         self._channel.send("failed", {"task": done.task, **_told(made)})
+
+
+def _is_arrival(each: Any) -> bool:
+    return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and type(each[1]) is float
+
+
+def _seconds(done: _Done, made: Made) -> list[float]:
+    """In the source, in the transform, waiting for a worker, waiting to be sent: rounded to microseconds."""
+    queued = max(0.0, done.at - done.asked - sum(made.spent))
+    return [round(each, 6) for each in (*made.spent, queued, time.monotonic() - done.at)]
 
 
 def _told(exc: Exception) -> dict[str, Any]:
