@@ -77,11 +77,14 @@ def read_job(path: Path, *overrides: str) -> Recipe:
 
 
 class FeederProcess:
-    """`trainfleet feed` with what it has said so far; ended by `stop`, and by the end of a `with`."""
+    """`trainfleet feed`, or another verb that serves, with what it has said so far.
 
-    def __init__(self, recipe: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    Ended by `stop`, and by the end of a `with`.
+    """
+
+    def __init__(self, recipe: Path, *arguments: str, verb: str = "feed", env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainfleet.cli.main", "feed", str(recipe), *arguments],
+            [sys.executable, "-m", "trainfleet.cli.main", verb, str(recipe), *arguments],
             cwd=recipe.parent,
             env=env,
             stdout=subprocess.PIPE,

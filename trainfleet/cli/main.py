@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from trainfleet.cli import checkpoint, config, doctor, feed, launch, link, relay, train, verify
+from trainfleet.cli import checkpoint, config, doctor, feed, gpu_service, launch, link, relay, train, verify
 from trainfleet.errors import TrainfleetError
 
 # Plain help and plain tracebacks: rich costs 0.1 s of every start.
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("feed")(feed.feed)
+app.command("gpu-service")(gpu_service.gpu_service)
 app.add_typer(launch.app, name="launch")
 app.command("verify")(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")
