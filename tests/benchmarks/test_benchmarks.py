@@ -164,3 +164,36 @@ def test_the_feed_loses_nothing_where_a_socket_peer_does(tmp_path: Path) -> None
     rows = {row[0]: row[3:] for row in lost["rows"]}
     assert rows["trainfleet"] == ["0", "0", "yes"] and rows["DataLoader over a socket"][2] == "no"
     assert {row[1] for row in soon["rows"] if row[0] == "trainfleet"} >= {"feeder", "trainer", "relay", "half open"}
+
+
+@pytest.mark.cluster
+@pytest.mark.matrix
+def test_a_fed_run_trains_the_same_and_its_waits_are_told(tmp_path: Path) -> None:
+    (table,) = tables("feed_training", tmp_path)
+    rows = {row[0]: row for row in table["rows"]}
+    assert list(rows)[:3] == ["local", "local, again", "one host"] and len(rows) == 5
+    assert "All weights are the same, to the bit." in table["notes"][0]
+    assert rows["one host"][1] != "not possible here"
+
+
+def test_what_a_fed_run_waited_for_is_told_only_where_it_waited() -> None:
+    import argparse
+
+    import feed_training
+
+    def answers(speed: float, idle: float, weights: str) -> list[dict[str, Any]]:
+        causes = {"source": 0.0, "transform": 0.1, "network": 0.9, "data": 0.0}
+        return [{"samples_per_second": speed, "idle": idle, "causes": causes, "weights": weights}] * 3
+
+    given = {
+        "local": answers(100.0, 0.001, "a"),
+        "one host": answers(98.0, 0.002, "a"),
+        "two hosts, 1 Gbit/s": answers(90.0, 0.1, "a"),
+    }
+    options = argparse.Namespace(rounds=3, steps=5)
+    table = feed_training.table_of(given, {"two hosts, 100 Mbit/s": "needs root"}, options)
+    assert [row[5] for row in table.rows] == ["nothing", "nothing", "network 90%, transform 10%", "needs root"]
+    assert "one host: 0.980 of local (at least 0.97: holds)" in table.notes[0]
+    assert "1 Gbit/s: 0.900 of local (at least 0.97: MISSED)" in table.notes[0]
+    given["one host"] = answers(98.0, 0.002, "b")
+    assert "THE WEIGHTS DIFFER" in feed_training.table_of(given, {}, options).notes[0]
