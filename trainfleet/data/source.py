@@ -41,6 +41,7 @@ SOURCES = {
     "images": "trainfleet.data.images:ImageFolder",
     "hf": "trainfleet.data.huggingface:load_dataset",
     "mds": "trainfleet.data.shards.mds:MosaicShards",
+    "webdataset": "trainfleet.data.shards.tar:TarShards",
 }
 """The short names of `open_source`, and what each stands for."""
 

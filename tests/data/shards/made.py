@@ -5,9 +5,11 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import os
 import struct
+import tarfile
 import time
 from pathlib import Path
 
@@ -69,6 +71,46 @@ def _mds_sample(one):
 def _described(name, data, hashes):
     known = {"xxh64": lambda d: xxhash.xxh64(d).hexdigest(), "sha1": lambda d: hashlib.sha1(d).hexdigest()}
     return {"basename": name, "bytes": len(data), "hashes": {h: known[h](data) for h in hashes}}
+
+
+def tarred(files, *, form=tarfile.PAX_FORMAT, change=None) -> bytes:
+    """An archive of {name: bytes}, written by the standard library."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5  # a fraction, which pax writes in a header of its own
+            if change is not None:
+                change(info)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def tar_files(i, width=50):
+    """`sample(i)` as files."""
+    array = io.BytesIO()
+    np.save(array, np.full(width, i, np.uint16))
+    name = f"some/{i:05}"
+    return {
+        f"{name}.i.cls": str(i).encode(),
+        f"{name}.x.npy": array.getvalue(),
+        f"{name}.note.txt": f"sample {i}".encode(),
+    }
+
+
+NAMES = {"i": "i.cls", "x": "x.npy", "note": "note.txt"}
+
+
+def write_tars(folder: Path, *, samples=60, per_shard=8, ending=".tar") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pack = {".tar": bytes, ".tar.gz": gzip.compress, ".tgz": gzip.compress, ".tar.bz2": bz2.compress}
+    pack[".tar.zst"] = PACKERS["zstd"]
+    for number, begin in enumerate(range(0, samples, per_shard)):
+        files = {
+            name: data for i in range(begin, min(begin + per_shard, samples)) for name, data in tar_files(i).items()
+        }
+        (folder / f"train-{number:03}{ending}").write_bytes(pack[ending](tarred(files)))
+    return folder
 
 
 def same(one, other):
