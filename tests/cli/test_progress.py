@@ -7,7 +7,7 @@ import io
 import pytest
 
 from trainfleet.cli import progress
-from trainfleet.cli.progress import Progress
+from trainfleet.cli.progress import Progress, RowProgress
 
 
 class Terminal(io.StringIO):
@@ -34,3 +34,22 @@ def test_a_pipe_gets_not_a_word_and_chunks_pass_as_they_are():
         assert list(told.watch([b"ab", b"", b"c"])) == [b"ab", b"", b"c"]
         assert str(told).startswith("x  3 B, ")
     assert stream.getvalue() == ""
+
+
+def test_rows_have_a_bar_and_a_time_that_is_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = Terminal()
+    with RowProgress("predict", stream=stream) as told:
+        told.tell(5_000, 10_000)  # of which 4,990 were there before
+        now[0] += 10
+        told.tell(6_000, 10_000)
+    last = stream.getvalue().split("\033[K")[-2]
+    assert last == "predict  " + "█" * 12 + "░" * 8 + "  6,000 of 10,000 rows, 100/s, 0:40 left\r"
+    assert str(RowProgress("x", stream=stream)) == "x  0 rows, 0/s"
+
+
+def test_rows_of_an_unknown_number_have_none():
+    told = RowProgress("validate", stream=io.StringIO())
+    told.tell(32, None)
+    assert str(told).startswith("validate  32 rows, ")

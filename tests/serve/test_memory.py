@@ -28,4 +28,4 @@ def test_a_container_may_have_less_than_the_machine(tmp_path, monkeypatch):
 
 
 def test_bytes_are_readable():
-    assert readable(1_600_000) == "1.6 MB" and readable(2_345_000_000) == "2.35 GB"
+    assert readable(1_600_000) == "1.6 MB" and readable(2_345_000_000) == "2.35 GB" and readable(7100) == "7 kB"

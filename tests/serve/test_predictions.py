@@ -41,7 +41,7 @@ def test_a_threshold_filters_and_the_estimate_is_an_upper_bound(caplog):
     best = plain().max(-1).values
     assert found.indices.tolist() == (best >= 0.25).nonzero().flatten().tolist()
     assert 0 < len(found) < 103 and found.measured_bytes == len(found) * 16 < found.estimated_bytes == 103 * 16
-    assert "at most 0.0 MB" in caplog.text and f"{len(found)} of 103 rows" in caplog.text
+    assert "at most 2 kB" in caplog.text and f"{len(found)} of 103 rows" in caplog.text
     none = predict(linear(), stream(), confidence=1.0)
     assert len(none) == 0 and none.classes.shape == (0, 1) and none.rows == 103
 
@@ -71,7 +71,7 @@ def test_values_are_predicted():
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(monkeypatch):
     monkeypatch.setattr(predictions, "free_bytes", lambda: 1000)
     asked = []
-    with pytest.raises(ConfigError, match=r"take 0\.0 MB, and 0\.0 MB of memory are free") as refused:
+    with pytest.raises(ConfigError, match="take 2 kB, and 1 kB of memory are free") as refused:
         predict(linear(), stream(), progress=lambda done, total: asked.append(done))
     assert "to=" in refused.value.hint and asked == []
 

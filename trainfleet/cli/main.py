@@ -8,7 +8,20 @@ from typing import NoReturn
 
 import typer
 
-from trainfleet.cli import checkpoint, config, doctor, feed, gpu_service, launch, link, relay, train, verify
+from trainfleet.cli import (
+    checkpoint,
+    config,
+    doctor,
+    feed,
+    gpu_service,
+    launch,
+    link,
+    predict,
+    relay,
+    train,
+    validate,
+    verify,
+)
 from trainfleet.errors import TrainfleetError
 
 # Plain help and plain tracebacks: rich costs 0.1 s of every start.
@@ -26,6 +39,8 @@ app.add_typer(launch.app, name="launch")
 app.command("verify")(verify.verify)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
+app.command("validate")(validate.validate)
+app.command("predict")(predict.predict)
 app.command("doctor")(doctor.doctor)
 app.command("relay")(relay.relay)
 app.command("link")(link.link)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from trainfleet.store import Buffer
 
+P = TypeVar("P", bound="Progress")
 _PAUSE_SECONDS = 0.5  # what is done sooner needs no line
 
 
@@ -44,9 +45,36 @@ class Progress:
         rate = self._done / max(time.monotonic() - self._begun, 1e-9)
         return f"{self._what}  {readable_bytes(self._done)}{share}, {readable_bytes(rate)}/s"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._written:
             print("\r\033[K", end="", file=self._stream, flush=True)
+
+
+class RowProgress(Progress):
+    """Rows of a pass, told after each batch, with the time that the rest will take."""
+
+    def __init__(self, what: str, *, stream: TextIO | None = None) -> None:
+        super().__init__(what, stream=stream)
+        self._first: tuple[int, float] | None = None
+
+    def tell(self, done: int, total: int | None) -> None:
+        """As `validate` and `predict` tell their `progress`. Rows before the first call were there already."""
+        self._total = total
+        self._first = self._first or (done, time.monotonic())
+        self.add(done - self._done)
+
+    def __str__(self) -> str:
+        from trainfleet.monitor.units import readable_duration, readable_rate
+
+        first, since = self._first or (0, self._begun)
+        rate = (self._done - first) / max(time.monotonic() - since, 1e-9)
+        shown = f"{self._what}  {self._done:,} rows, {readable_rate(rate)}/s"
+        if not self._total:
+            return shown
+        filled = 20 * self._done // self._total
+        left = readable_duration((self._total - self._done) / rate) if rate else "?"
+        bar = "█" * filled + "░" * (20 - filled)
+        return f"{self._what}  {bar}  {self._done:,} of {self._total:,} rows, {readable_rate(rate)}/s, {left} left"

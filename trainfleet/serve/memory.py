@@ -39,4 +39,7 @@ def free_bytes() -> int:
 
 
 def readable(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+    """`7 kB`, `412.0 MB`, `1.24 GB`: decimal units."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"

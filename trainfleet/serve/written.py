@@ -17,6 +17,7 @@ from trainfleet.errors import ConfigError
 from trainfleet.serve.about import ABOUT, About
 from trainfleet.serve.answer import check_names
 from trainfleet.serve.columns import Columns
+from trainfleet.serve.memory import readable
 from trainfleet.serve.one_pass import OnePass, Told
 from trainfleet.serve.parquet import Part, part_files, read_columns, read_parts, write_part
 from trainfleet.serve.terms import Answering, Terms
@@ -56,8 +57,8 @@ class WrittenPredictions:
         return self.kept
 
     def __str__(self) -> str:
-        before = f", {self.rows - self.computed:,} of them before" if self.computed < self.rows else ""
-        return f"{self.kept:,} of {self.rows:,} rows{before}; {self.num_bytes / 1e6:,.1f} MB in {self.folder}"
+        before = f", of which {self.rows - self.computed:,} were there" if self.computed < self.rows else ""
+        return f"{self.kept:,} of {self.rows:,} rows{before}; {readable(self.num_bytes)} in {self.folder}"
 
     def load(self) -> Predictions:
         """All of them in memory."""
@@ -127,11 +128,9 @@ def write_predictions(
         else:
             walk.position = begin
     size = sum(path.stat().st_size for path in part_files(folder))
-    found = WrittenPredictions(
+    return WrittenPredictions(
         folder=folder, rows=walk.position, kept=kept, num_bytes=size, computed=walk.position - begin
     )
-    logger.info("Predictions of %s.", found)
-    return found
 
 
 class _Writing:
