@@ -52,6 +52,12 @@ class StepEnded(Event):
     """Wall time of the whole step on this rank."""
     data_seconds: float
     """Of which this rank waited for batches."""
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """What it waited for, in seconds: source, transform, network; data: not known. Empty where nobody measured."""
+    received_bytes: int = 0
+    """Of batches that feeders sent to this rank for this step."""
+    ready: int | None = None
+    """Batches of feeders that wait here for the next step; None without feeders."""
     skipped: bool = False
     """True where an overflow of fp16 made every rank skip the update."""
     loss_scale: float | None = None

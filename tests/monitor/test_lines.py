@@ -82,3 +82,18 @@ def test_the_end_is_a_table_with_baselines_beside_the_result() -> None:
         "   |  text             a",
         "   |  ·b",
     ]
+
+
+def test_what_a_fed_step_waited_for_adds_up_and_the_end_says_what_was_the_limit(story: Any) -> None:
+    waits = {"source": 0.02, "transform": 0.01, "network": 0.003, "data": 0.0}
+    steps = [
+        story.step(step, data_seconds=0.033, waits=waits, received_bytes=2_000_000, ready=3) for step in range(1, 21)
+    ]
+    end = RunEnded(step=20, reason="finished", seconds=2.0, summary={"validation loss": 1.0})
+    lines = printed(story.started(steps=20), *steps, end)
+    assert "waits for data 33%: source 20% transform 10% network 3%" in lines[-5]
+    assert "feed 10.0 steps/s 20 MB/s 3 ready" in lines[-5]
+    assert lines[-2] == "   |  time             67% computing, 20% source, 10% transform, 3% network"
+    assert lines[-1].startswith(
+        "   |  limit            Reading the samples is the limit: raise data.workers, start more"
+    )

@@ -3,8 +3,17 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number, readable_rate
+from trainfleet.monitor.units import (
+    percentages,
+    readable_bytes,
+    readable_duration,
+    readable_loss,
+    readable_number,
+    readable_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,3 +38,12 @@ def test_rates_losses_and_numbers_keep_the_digits_that_matter() -> None:
     assert [readable_number(n) for n in (19200, 3.0, 1.67131, 12345.67, "runs/x", True, math.nan)] == [
         "19,200", "3", "1.6713", "12,345.7", "runs/x", "True", "nan",
     ]  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e6), min_size=1))
+def test_percentages_add_up_to_a_hundred(shares: dict[str, float]) -> None:
+    told = percentages(shares)
+    assert not told if sum(shares.values()) == 0 else sum(told.values()) == 100
+    whole = sum(shares.values())
+    assert all(abs(told[name] - 100 * shares[name] / whole) < 1 for name in told)
+    assert percentages({"a": 1, "b": 1, "c": 1}) == {"a": 34, "b": 33, "c": 33}

@@ -18,7 +18,7 @@ from trainfleet.events import (
     StepEnded,
     Tracked,
 )
-from trainfleet.monitor.progress import BASELINE, Progress, printable
+from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number
 
 
@@ -93,8 +93,11 @@ class Lines:
         ]
         if not math.isnan(remaining := progress.remaining_seconds):
             words.append(f"eta {readable_duration(remaining)}")
-        if progress.throughput.data_share >= 0.1:
-            words.append(f"waits for data {progress.throughput.data_share:.0%}")
+        if feed := progress.feed:
+            words.append(f"feed {feed}")
+        percent, causes = progress.waiting
+        if percent >= LEAST_WAITING:
+            words.append(f"waits for data {percent}%" + (f": {causes}" if causes else ""))
         if event.skipped:
             words.append(f"skipped: overflow at loss scale {event.loss_scale}")
         self._write("step", self._at(event.step), *words)
@@ -109,8 +112,9 @@ class Lines:
 
     def _end(self, event: RunEnded) -> None:
         self._write("end", self._at(event.step), event.reason, f"took {readable_duration(event.seconds)}")
-        names = [name.removeprefix(BASELINE) for name in event.summary]
-        for name, value in zip(names, event.summary.values()):
+        summary = self._progress.summary(event)
+        names = [name.removeprefix(BASELINE) for name in summary]
+        for name, value in zip(names, summary.values()):
             first, *more = printable(readable_number(value)).splitlines() or [""]
             self._write("   |", f"{name:<{max(map(len, names))}}", first)
             for line in more:

@@ -28,7 +28,7 @@ from trainfleet.events import (
     StepEnded,
     Tracked,
 )
-from trainfleet.monitor.progress import BASELINE, Progress, printable
+from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number, readable_rate
 
 REFRESH_SECONDS = 0.25  # a refresh takes 0.2 ms: 0.1 % of a core
@@ -118,12 +118,13 @@ class LiveLine:
         summary = Table.grid(padding=(0, 2))
         summary.add_column(style="dim")
         summary.add_column()
-        for name, value in event.summary.items():
+        entries = self._progress.summary(event)
+        for name, value in entries.items():
             is_baseline = name.startswith(BASELINE)
             text = Text(printable(readable_number(value)), style="dim" if is_baseline else "bold")
             summary.add_row(Text(name.removeprefix(BASELINE)), text)
-        self._console.print(Padding(end, (1, 2, 1 if event.summary else 0, 2)))
-        if event.summary:
+        self._console.print(Padding(end, (1, 2, 1 if entries else 0, 2)))
+        if entries:
             self._console.print(Padding(summary, (0, 2, 1, 2)))
 
     def _keep(self, step: int, line: str | Text, *, style: str = "") -> None:
@@ -174,8 +175,11 @@ def fit_line(progress: Progress, *, width: int) -> Text:
         (3, "mem", readable_bytes(step.memory_bytes)),
         (2, "left", readable_duration(progress.remaining_seconds)),
     ]
-    if speed.data_share >= 0.1:
-        parts.append((2, "waits for data", f"{speed.data_share:.0%}"))
+    percent, causes = progress.waiting
+    if percent >= LEAST_WAITING:
+        parts += [(2, "waits for data", f"{percent}%"), (5, "of it", causes)][: 1 + bool(causes)]
+    if feed := progress.feed:
+        parts.append((5, "feed", feed))
     if step.loss_scale is not None:
         parts.append((9, "scale", f"{step.loss_scale:g}"))
     parts += [(10 + i, name, f"{value:.4g}") for i, (name, value) in enumerate(progress.tracked.items())]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import time
 
-from trainfleet.events import Evaluated, RunStarted, StepEnded, Tracked
+from trainfleet.events import Evaluated, RunEnded, RunStarted, StepEnded, Tracked
+from trainfleet.monitor.limit import COMPUTING, Limit, in_words
 from trainfleet.monitor.throughput import Smoothed, Throughput
+from trainfleet.monitor.units import readable_bytes
 
+LEAST_WAITING = 2
+"""Percent of the time that are worth a word on the console."""
 BASELINE = "baseline/"
 """Tracked numbers and entries of a summary with this prefix are marks to compare with, not measurements."""
 
@@ -21,6 +25,7 @@ class Progress:
         self.last: StepEnded | None = None
         self.loss = Smoothed()
         self.throughput = Throughput()
+        self.limit = Limit()
         self.tracked: dict[str, float] = {}
         self.best_validation = math.inf
 
@@ -32,6 +37,7 @@ class Progress:
         self.last = event
         self.loss.update(event.loss)
         self.throughput.update(event, now=time.monotonic())
+        self.limit.update(event)
 
     def track(self, event: Tracked) -> None:
         if not event.name.startswith(BASELINE):
@@ -44,6 +50,28 @@ class Progress:
         if is_better:
             self.best_validation = event.loss
         return is_better and not is_first
+
+    def summary(self, event: RunEnded) -> dict[str, float | str]:
+        """That of the run, with where its time went."""
+        if not (parts := self.limit.percentages):
+            return dict(event.summary)
+        return {**event.summary, "time": in_words(parts), "limit": self.limit.sentence}
+
+    @property
+    def waiting(self) -> tuple[int, str]:
+        """Percent of the last steps' time in which they waited for batches, and what for: `source 25% network 3%`."""
+        causes = {cause: share for cause, share in self.throughput.percentages.items() if cause != COMPUTING and share}
+        known = " ".join(f"{cause} {share}%" for cause, share in causes.items() if cause != "data")
+        return sum(causes.values()), known
+
+    @property
+    def feed(self) -> str:
+        """How batches of feeders come in; empty where there are none."""
+        if self.last is None or self.last.ready is None:
+            return ""
+        speed = self.throughput
+        rates = f"{speed.steps_per_second:.1f} steps/s {readable_bytes(speed.received_bytes_per_second)}/s"
+        return f"{rates} {self.last.ready} ready"
 
     @property
     def remaining_seconds(self) -> float:

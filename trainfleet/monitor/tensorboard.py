@@ -106,6 +106,7 @@ def _scalars(event: StepEnded) -> dict[str, float]:
         "time/data_seconds": event.data_seconds,
         "memory/bytes": event.memory_bytes,
     }
+    values |= {f"time/wait_{cause}_seconds": seconds for cause, seconds in event.waits.items() if seconds}
     if event.grad_norm is not None:
         values["train/grad_norm"] = event.grad_norm
     if event.loss_scale is not None:

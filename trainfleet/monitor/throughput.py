@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainfleet.events import StepEnded
+from trainfleet.monitor.limit import shares_of
+from trainfleet.monitor.units import percentages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +18,8 @@ class _Step:
     tokens: int
     seconds: float
     data_seconds: float
+    waits: Mapping[str, float]
+    received_bytes: int
 
 
 class Throughput:
@@ -32,7 +37,14 @@ class Throughput:
         if self._seen == 1:
             self._window.clear()
         self._window.append(
-            _Step(samples=event.samples, tokens=event.tokens, seconds=event.seconds, data_seconds=event.data_seconds)
+            _Step(
+                samples=event.samples,
+                tokens=event.tokens,
+                seconds=event.seconds,
+                data_seconds=event.data_seconds,
+                waits=event.waits,
+                received_bytes=event.received_bytes,
+            )
         )
         if self._started is None:
             self._started = now - event.seconds
@@ -47,6 +59,25 @@ class Throughput:
     @property
     def samples_per_second(self) -> float:
         return self._per_second(sum(step.samples for step in self._window))
+
+    @property
+    def steps_per_second(self) -> float:
+        return self._per_second(len(self._window))
+
+    @property
+    def received_bytes_per_second(self) -> float:
+        """Of batches from feeders."""
+        return self._per_second(sum(step.received_bytes for step in self._window))
+
+    @property
+    def percentages(self) -> dict[str, int]:
+        """Of a step's time: computing, and what batches were waited for; 100 together."""
+        waits: dict[str, float] = {}
+        for step in self._window:
+            for cause, seconds in step.waits.items():
+                waits[cause] = waits.get(cause, 0.0) + seconds
+        totals = (sum(step.seconds for step in self._window), sum(step.data_seconds for step in self._window))
+        return percentages(shares_of(*totals, waits))
 
     @property
     def data_share(self) -> float:

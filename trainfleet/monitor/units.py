@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 
 def readable_bytes(count: float) -> str:
@@ -48,3 +49,16 @@ def readable_number(value: object) -> str:
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:,.1f}" if 100 <= abs(value) < 1e9 else readable_loss(value)
+
+
+def percentages(shares: Mapping[str, float]) -> dict[str, int]:
+    """Shares of a whole as whole percent that add up to 100: those cut off most are rounded up. Nothing of nothing."""
+    whole = sum(shares.values())
+    if whole <= 0.0:
+        return {}
+    exact = {name: 100 * share / whole for name, share in shares.items()}
+    rounded = {name: int(percent) for name, percent in exact.items()}
+    cut_most = sorted(exact, key=lambda name: rounded[name] - exact[name])
+    for name in cut_most[: 100 - sum(rounded.values())]:
+        rounded[name] += 1
+    return rounded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
 from trainfleet.checkpoint import Checkpointer, Save
-from trainfleet.errors import CheckpointError, ConfigError, DataError, PeerError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, PeerError, StoreError
 from trainfleet.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -37,6 +37,7 @@ from trainfleet.training.outcome import Outcome
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.schedule import ScheduleConfig, multiple
 from trainfleet.training.stop import StopVote
+from trainfleet.training.supply import Supply
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,8 +93,7 @@ class Trainer:
         self.steps = self.config.steps_of(batches, accumulation)
         """Optimizer steps of the whole run, unless `fit` is told otherwise."""
         self.ema = Ema(model, self.config.ema_decay) if self.config.ema_decay else None
-        self._batches = iter(batches)
-        self._accumulation = accumulation
+        self._supply = Supply(batches, accumulation)
         self._schedule = schedule or ScheduleConfig(name="constant")
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._evaluation = evaluation
@@ -194,8 +194,7 @@ class Trainer:
 
     def _take_step(self, steps: int, vote: StopVote) -> float:
         begun = time.perf_counter()
-        micro_batches = [self._next_batch() for _ in range(self._accumulation)]
-        data_seconds = time.perf_counter() - begun
+        micro_batches = self._supply.take(self.step)
         rate = self._set_rate(steps)
         vote.begin()
         loss = self._step_fn(self.engine, micro_batches)
@@ -221,7 +220,10 @@ class Trainer:
                 # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
                 tokens=max(samples, round(loss.weight)),
                 seconds=time.perf_counter() - begun,
-                data_seconds=data_seconds,
+                data_seconds=self._supply.seconds,
+                waits=self._supply.waits,
+                received_bytes=self._supply.received_bytes,
+                ready=self._supply.ready,
                 skipped=not updated,
                 loss_scale=scale,
                 memory_bytes=used_bytes(self.mesh.device),
@@ -236,15 +238,6 @@ class Trainer:
         step = self._anomalies.go_back(failed, what)
         self._emit(Noted(step=step, title="rollback", text=f"{what} in step {failed}; back to step {step}"))
         self._emit(Restored(step=step, path="memory"))
-
-    def _next_batch(self) -> Batch:
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise DataError(
-                f"The batches came to an end after step {self.step}. "
-                "Give an endless stream, such as LocalBatches without `epochs`, or fewer steps."
-            ) from None
 
     def _set_rate(self, steps: int) -> float:
         """The learning rate of the step that is about to be taken."""

@@ -9,14 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
+from trainfleet.data.feed.answer import difference_of, parsed_answer, timed
 from trainfleet.data.feed.feeder import Feeder, Told
 from trainfleet.data.feed.terms import Offer, Unit
 from trainfleet.data.samples import Made
-from trainfleet.data.waits import Way
 from trainfleet.errors import DataError, NotAdmitted, PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel, Message
@@ -264,7 +263,7 @@ class Feeders:
     def joined(self, feeder: Feeder, told: Told) -> None:
         with self._changed:
             self._offers = self._offers or told.streams
-            if difference := _difference(feeder.name, told.streams, self._offers):
+            if difference := difference_of(feeder.name, told.streams, self._offers):
                 raise NotAdmitted(difference)
             self._reasons.pop(feeder.name, None)
             self._leases.join(feeder, room=2 * max(1, told.workers) + 2)
@@ -284,10 +283,10 @@ class Feeders:
         self._hand_out()
 
     def made(self, feeder: Feeder, message: Message, num_bytes: int) -> None:
-        task, made = _parsed(message)
+        task, made = parsed_answer(message)
         with self._changed:
             self._moved = now = time.monotonic()
-            made = _timed(made, message, now - self._asked.pop(task, now), num_bytes)
+            made = timed(made, message, now - self._asked.pop(task, now), num_bytes)
             idle = self._starved and message.head.get("idle") is True
             if self._leases.arrived(feeder, task, now, num_bytes, idle=idle):
                 self._done[task] = made
@@ -354,54 +353,3 @@ class Feeders:
             if not said and now - since > _SAY_AFTER:
                 said = True
                 logger.warning("Waiting for %s, with %d feeders here. %s", what, here, why)
-
-
-def _parsed(message: Message) -> tuple[int, Made | Exception]:
-    head = message.head
-    task = head.get("task")
-    if type(task) is not int:
-        raise PeerError("A feeder answered without the number of a task.")
-    if message.kind == "failed":
-        error, hint = head.get("error"), head.get("hint")
-        return task, DataError(str(error)[:4000], hint=hint[:1000] if isinstance(hint, str) else None)
-    skipped = head.get("skipped")
-    if not isinstance(skipped, list) or not all(_is_skip(each) for each in skipped):
-        raise PeerError("A feeder told of bad samples in words that are none.")
-    return task, Made(message.body, tuple((each[0], each[1]) for each in skipped))
-
-
-def _timed(made: Made | Exception, message: Message, seconds: float, num_bytes: int) -> Made | Exception:
-    """`made` with what its feeder and we have measured; `seconds`: since it was asked for."""
-    if isinstance(made, Exception):
-        return made
-    told = message.head.get("seconds")
-    if told is None:
-        return replace(made, num_bytes=num_bytes)
-    if not isinstance(told, list) or len(told) != 4 or not all(type(each) is float and each >= 0 for each in told):
-        raise PeerError("A feeder told of its time in words that are none.")
-    source, transform, queued, outbox = told
-    way = Way(queued, outbox, max(0.0, seconds - sum(told)))
-    return replace(made, spent=(source, transform), way=way, num_bytes=num_bytes)
-
-
-def _is_skip(each: Any) -> bool:
-    return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and isinstance(each[1], str)
-
-
-def _difference(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -> str | None:
-    """A sentence about the first stream whose samples differ. Size and order are what the trainer asks for."""
-    for stream in sorted(set(theirs) | set(ours)):
-        one, other = theirs.get(stream), ours.get(stream)
-        if one is None or other is None:
-            return f"Feeder {name} {'has no' if one is None else 'has a'} stream {stream!r}, unlike those before it."
-        if one.samples != other.samples:
-            return (
-                f"Feeder {name} has {one.samples} samples ({one.source}) for {stream}, and those before it have "
-                f"{other.samples} ({other.source}). Give all feeders the same data."
-            )
-        if one.digest != other.digest:
-            return (
-                f"Feeder {name} makes other samples for {stream} than those before it: its first, middle or last "
-                "sample differs, or its transform. Give all feeders the same data and the same code."
-            )
-    return None

@@ -168,7 +168,11 @@ class Session:
 
 
 def _is_arrival(each: Any) -> bool:
-    return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and type(each[1]) is float
+    return isinstance(each, list) and len(each) == 2 and type(each[0]) is int and _is_time(each[1])
+
+
+def _is_time(each: Any) -> bool:
+    return type(each) is float and 0 <= each < 1e9
 
 
 def _seconds(done: _Done, made: Made) -> list[float]:
