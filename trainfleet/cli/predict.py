@@ -33,9 +33,10 @@ def predict(
     certs: Path | None = CERTS,
     classes: list[str] | None = CLASSES,
 ) -> None:
-    """Write what a recipe's model says of each row, as Parquet. After any end the same command goes on.
+    """Write what a recipe's trained model says of each row, as Parquet.
 
-    With --feed this host has the data and the model stands on another: `trainfleet gpu-service RECIPE` there.
+    After any end the same command goes on. With --feed this host has the data and the model stands on
+    another: `trainfleet gpu-service RECIPE` there.
     """
     from trainfleet import log
     from trainfleet.cli.progress import RowProgress

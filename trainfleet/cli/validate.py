@@ -28,9 +28,10 @@ def validate(
     certs: Path | None = CERTS,
     classes: list[str] | None = CLASSES,
 ) -> None:
-    """Say how right a recipe's model is: loss, accuracy, precision and recall of each class.
+    """Say how right a recipe's trained model is.
 
-    With --feed this host has the data and the model stands on another: `trainfleet gpu-service RECIPE` there.
+    Loss, accuracy, precision and recall of each class; or the errors of a model that gives values. With --feed
+    this host has the data and the model stands on another: `trainfleet gpu-service RECIPE` there.
     """
     from trainfleet import log
     from trainfleet.cli.progress import RowProgress
