@@ -1,13 +1,16 @@
 """Arrays from one process to another on this host: GB/s, and CPU seconds of both ends per GB, beside other ways.
 
-    python benchmarks/feed_throughput.py [--quick]
+    python benchmarks/feed_throughput.py [--quick] [--tensorflow PYTHON]
 
 A feeder sends one array again and again as fast as it is taken, a trainer takes it and reads one byte of each page;
-the bytes are compared. All ways are open during the whole run and take turns, in another order each round. The
-clock runs from the first payload that has arrived to the last. CPU is that of both processes, user and system.
-trainfleet over TCP has a digest (XXH3-128) over every payload, none of the others has one. `one host` is what two
-ends of trainfleet do by themselves where they find each other on one host: shared memory; for the rows of TCP and TLS
-that is switched off. Ways whose one payload takes longer than a few blocks take part in three rounds only.
+the bytes are compared. All ways are open during the whole run and take turns, in another order each round. The clock
+runs from the first payload that has arrived to the last. CPU is that of both processes, user and system. trainfleet
+over TCP has a digest (XXH3-128) over every payload, none of the others has one. `one host` is what two ends of
+trainfleet do by themselves where they find each other on one host: shared memory; for the rows of TCP and TLS that is
+switched off. Ways whose one payload takes longer than a few blocks take part in three rounds only. Everything with TLS
+has TLS 1.3; raw TLS and trainfleet use the cipher that OpenSSL puts first, AES-256-GCM. tf.data service is measured in
+a run of its own, beside raw TCP alone, by an interpreter that has tensorflow: the dispatcher and a worker in one
+process, one consumer in another.
 """
 
 from __future__ import annotations
@@ -15,17 +18,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import multiprocessing
 import random
+import shlex
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from feeds.ways import NEEDS, WAYS, pages_of
+from feeds.sockets import pages_of
+from feeds.ways import NEEDS, WAYS
 from measuring.machine import version_of
 from measuring.rounds import interval, ratios
 from measuring.table import RESULTS, Report, Table
@@ -33,10 +42,59 @@ from measuring.table import RESULTS, Report, Table
 OURS, RAW = "trainfleet, TCP", "raw TCP"
 OURS_TLS, RAW_TLS = "trainfleet, TLS", "raw TLS"
 OURS_NEARBY, RAW_MEMORY = "trainfleet, one host", "shared memory, one copy"
+SPINNING = "shared memory, spinning"
 TCP_TARGET, CPU_TARGET, TLS_TARGET, NEARBY_TARGET = 0.95, 0.45, 0.95, 3.0
 ENOUGH_SECONDS = 300.0
 SLOW_BLOCKS, SLOW_ROUNDS = 4, 3
 VERSIONS = ("pyarrow", "grpcio", "pyzmq", "xxhash")
+
+
+class TensorflowWay:
+    """tf.data service, by another interpreter."""
+
+    name = "tf.data service"
+
+    def __init__(self, python: str) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        feeder = self._started(python, "feeder")
+        self.version: str = feeder["version"]
+        self._started(python, "trainer", feeder["address"], str(feeder["pid"]))
+
+    def run(self, size: int, count: int) -> tuple[float, float]:
+        """As of `Way`."""
+        pipe = self._processes[-1].stdin
+        assert pipe is not None
+        pipe.write(f"{size} {count}\n")
+        pipe.flush()
+        answer = self._answer(self._processes[-1])
+        return size * count / answer["wall"], answer["cpu"] / count / size
+
+    def close(self) -> None:
+        for process in self._processes[::-1]:
+            process.kill()
+            process.wait()
+
+    def _started(self, *command: str) -> Any:
+        script = Path(__file__).parent / "feeds" / "tensorflow_service.py"
+        process = subprocess.Popen(
+            [command[0], str(script), *command[1:]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._processes.append(process)
+        return self._answer(process)
+
+    def _answer(self, process: subprocess.Popen[str]) -> Any:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(
+                f"{self.name} needs an interpreter with tensorflow or tensorflow-cpu. `{shlex.join(map(str, process.args))}` "
+                f"ended with {process.wait()}; run it to see why."
+            )
+        return json.loads(line)
 
 
 class Way:
@@ -115,6 +173,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--no-rivals", action="store_true", help="only raw sockets, and ours")
     parser.add_argument("--only", nargs="*", help="ways by name")
+    parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter that has tensorflow or tensorflow-cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each block")
     options = parser.parse_args()
@@ -124,18 +183,31 @@ def main() -> None:
     names = [name for name in names if options.only is None or name in options.only]
     missing = [name for name in names if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None]
     report = Report(name="feed_throughput", summary=" ".join(__doc__.split("\n\n", 2)[2].split()))
-    ways = [Way(name) for name in names if name not in missing]
-    try:
-        for mebibytes in (1, 2) if options.quick else (1, 16):
+    sizes = (1, 2) if options.quick else (1, 16)
+    with ExitStack() as opened:
+        ways: list[Way | TensorflowWay] = [Way(name) for name in names if name not in missing]
+        for way in ways:
+            opened.callback(way.close)
+        for mebibytes in sizes:
             figures = measure(ways, mebibytes << 20, options.rounds, options.seconds)
             report.add(table_of(figures, missing, mebibytes, options))
-    finally:
-        for way in ways:
-            way.close()
+    if options.tensorflow:
+        with ExitStack() as opened:
+            service = TensorflowWay(options.tensorflow)
+            ways = [Way(RAW), service]
+            for way in ways:
+                opened.callback(way.close)
+            for mebibytes in sizes:
+                figures = measure(ways, mebibytes << 20, options.rounds, options.seconds)
+                table = table_of(figures, [], mebibytes, options)
+                title, words = f"In a run of its own: {table.title}", f"Versions: tensorflow {service.version}."
+                report.add(replace(table, title=title, notes=[words]))
     report.write(options.results)
 
 
-def measure(ways: list[Way], size: int, rounds: int, seconds: float) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    ways: Sequence[Way | TensorflowWay], size: int, rounds: int, seconds: float
+) -> dict[str, list[tuple[float, float]]]:
     """Of each way, (GB/s, CPU s/GB) of each round; blocks take about `seconds`, and one payload at least."""
     counts, slow = {}, set[str]()
     for way in ways:
@@ -198,9 +270,11 @@ def marks(rates: dict[str, list[float]], cpu: dict[str, list[float]]) -> str:
         found.append(f"{OURS_TLS}: {ratio:.2f} of raw TLS (at least {TLS_TARGET}: {verdict(ratio >= TLS_TARGET)}).")
     if {OURS_NEARBY, RAW} <= rates.keys():
         ratio = of(OURS_NEARBY, RAW)
+        by_hand = {"by hand": RAW_MEMORY, "by hand without ever sleeping": SPINNING}
+        words = [f"{how}: {of(name, RAW):.1f} times" for how, name in by_hand.items() if name in rates]
         found.append(
-            f"{OURS_NEARBY}: {ratio:.1f} times raw TCP (at least {NEARBY_TARGET:g}: {verdict(ratio >= NEARBY_TARGET)}"
-            + (f"; shared memory by hand: {of(RAW_MEMORY, RAW):.1f} times)." if RAW_MEMORY in rates else ").")
+            f"{OURS_NEARBY}: {ratio:.1f} times raw TCP "
+            f"({'; '.join([f'at least {NEARBY_TARGET:g}: {verdict(ratio >= NEARBY_TARGET)}', *words])})."
         )
     return " ".join(found)
 

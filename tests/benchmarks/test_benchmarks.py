@@ -138,6 +138,32 @@ def test_ways_of_feeding_are_timed_beside_raw_sockets(tmp_path: Path) -> None:
         assert "trainfleet, one host:" in table["notes"][0]
 
 
+def test_marks_say_which_bound_holds_for_one_host() -> None:
+    import feed_throughput
+
+    rates = {"raw TCP": [4.0], "trainfleet, one host": [8.0], "shared memory, one copy": [9.0]}
+    assert feed_throughput.marks(rates, {}) == (
+        "trainfleet, one host: 2.0 times raw TCP (at least 3: MISSED; by hand: 2.2 times)."
+    )
+    rates["shared memory, spinning"] = [16.0]
+    assert "by hand without ever sleeping: 4.0 times" in feed_throughput.marks(rates, {})
+
+
+def test_an_interpreter_without_tensorflow_is_said_to_be_so() -> None:
+    import feed_throughput
+
+    with pytest.raises(SystemExit, match="needs an interpreter with tensorflow"):
+        feed_throughput.TensorflowWay("/bin/false")
+
+
+@pytest.mark.matrix
+def test_rivals_with_tls_and_memory_without_sleep_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow.flight", reason="one of the ways is Arrow Flight")
+    names = ["Arrow Flight, TLS", "shared memory, spinning"]
+    for table in tables("feed_throughput", tmp_path, "--only", *names):
+        assert {row[0]: float(row[1]) > 0 for row in table["rows"]} == dict.fromkeys(names, True)
+
+
 def test_a_rival_that_is_not_installed_keeps_its_row() -> None:
     import step_overhead
 
