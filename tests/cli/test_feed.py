@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,16 +10,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from feeding import FeederProcess, read_job, write_job
+from feeding import FeederProcess, write_job
 from ssh_host import ssh_in_path
 
-from trainfleet.cli.feed import _how_it_goes, _places
+from trainfleet.cli.feed import _places
 from trainfleet.cli.main import main
 from trainfleet.data.feed import RemoteBatches
 from trainfleet.errors import NotAdmitted
 from trainfleet.net.listener import Listener
 from trainfleet.net.token import Token
-from trainfleet.training.feed import service_of
 
 SOON = timedelta(seconds=20)
 
@@ -97,14 +95,6 @@ def test_a_trainer_that_listens_is_called(path: Path) -> None:
             assert next(batches)["input"].shape == (8, 4)
         assert feeder.stop() == 0
     assert f"calls       127.0.0.1:{port}" in feeder.said and "listens at" not in feeder.said
-
-
-def test_its_live_line_says_how_it_goes(path: Path) -> None:
-    with service_of(read_job(path), address="127.0.0.1:0").open() as service:
-        text = _how_it_goes(service)
-        with RemoteBatches([str(service.address)], as_numpy=True, timeout=SOON) as batches:
-            next(batches)
-            assert re.match(r"[\d.]+ batches/s  [\d.]+ [kM]?B/s  1 connection  \d+ waiting  \d+ batches$", text(0.5))
 
 
 def test_several_ports_of_a_trainer_are_counted_from_the_first() -> None:

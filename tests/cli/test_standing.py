@@ -34,11 +34,17 @@ def test_a_live_line_makes_way_for_the_log(monkeypatch: pytest.MonkeyPatch) -> N
     assert sys.stderr is terminal
 
 
-def test_elsewhere_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_a_plain_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.stderr", plain := io.StringIO())
-    with LiveLine(lambda seconds: "how it goes") as line:
-        line.refresh()
-    assert plain.getvalue() == ""
+    monkeypatch.setattr("trainfleet.cli.standing._PLAIN_SECONDS", 0.2)
+    texts = iter(["one", "two", "three", "three", "three", "four"])
+    with LiveLine(lambda seconds: next(texts)) as line:
+        for pause in (0.0, 0.25, 0.25, 0.25, 0.0, 0.25):
+            time.sleep(pause)
+            line.refresh()
+    assert plain.getvalue() == "" and capsys.readouterr().out == "two\nthree\nfour\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

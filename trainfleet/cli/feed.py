@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +58,9 @@ def feed(
     are fed by others.
     """
     from trainfleet import log
+    from trainfleet.cli.feed_line import FeedLine
     from trainfleet.config import load_config
+    from trainfleet.monitor.units import readable_bytes
     from trainfleet.training.feed import service_of
     from trainfleet.training.recipe import Recipe
 
@@ -83,9 +84,13 @@ def feed(
         if entrance is not None:
             address = [str(entrance.address)]
         _introduce(service, settings, recipe, address or [], dials or [])
-        stand(ending, _how_it_goes(service))
+        line = FeedLine(service)
+        stand(ending, line)
+        line()
     served = service.served
-    print(f"Ended after {served.batches:,} batches, {_bytes(served.num_bytes)}.", flush=True)
+    if line.whole:
+        print(f"Of the time in which trainers asked: {line.whole}.", flush=True)
+    print(f"Ended after {served.batches:,} batches, {readable_bytes(served.num_bytes)}.", flush=True)
 
 
 def _places(to: str, ports: int) -> list[Address | Token]:
@@ -113,27 +118,3 @@ def _introduce(service: DataService, recipe: Recipe, path: Path, names: list[str
         return
     print("\nWhere it trains:\n", flush=True)
     print(f"  trainfleet train {path} --feed {reached_by(service, names)}\n", flush=True)
-
-
-def _how_it_goes(service: DataService) -> Callable[[float], str]:
-    """Batches and bytes a second, trainers and what waits."""
-    last = service.served
-
-    def text(seconds: float) -> str:
-        nonlocal last
-        served, before = service.served, last
-        last = served
-        connections = f"{served.trainers} connection{'s' * (served.trainers != 1)}"
-        return (
-            f"{(served.batches - before.batches) / seconds:,.1f} batches/s  "
-            f"{_bytes((served.num_bytes - before.num_bytes) / seconds)}/s  {connections}  {served.waiting} waiting  "
-            f"{served.batches:,} batches"
-        )
-
-    return text
-
-
-def _bytes(count: float) -> str:
-    from trainfleet.monitor.units import readable_bytes
-
-    return readable_bytes(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from trainfleet.net.listener import Listener
 
 _REFRESH_SECONDS = 0.5
+_PLAIN_SECONDS = 15.0
 _CLEAR = "\r\033[K"
 
 
@@ -82,26 +84,31 @@ def ends_by_signal() -> threading.Event:
 
 
 def stand(ending: threading.Event, text: Callable[[float], str]) -> None:
-    """Wait for `ending`; in a terminal with a live line, `text` of the seconds since it was last asked."""
+    """Wait for `ending`, and show `text` of the seconds since it was last asked."""
     with LiveLine(text) as line:
-        while not ending.wait(_REFRESH_SECONDS if line.is_shown else 3600):
+        while not ending.wait(_REFRESH_SECONDS):
             line.refresh()
 
 
 class LiveLine:
-    """One line at the bottom of a terminal that says how it goes; elsewhere nothing."""
+    """One line at the bottom of a terminal that says how it goes; elsewhere a line of its own each 15 seconds."""
 
     def __init__(self, text: Callable[[float], str]) -> None:
         self._text = text
         self._terminal = sys.stderr
         self.is_shown = self._terminal.isatty()
-        self._at = time.monotonic()
+        self._at = self._printed_at = time.monotonic()
+        self._printed = ""
 
     def refresh(self) -> None:
+        now = time.monotonic()
+        seconds, self._at = max(now - self._at, 1e-9), now
+        text = self._text(seconds)
         if self.is_shown:
-            now = time.monotonic()
-            seconds, self._at = max(now - self._at, 1e-9), now
-            self._write(self._text(seconds))
+            self._write(text[: shutil.get_terminal_size().columns - 1])
+        elif now - self._printed_at >= _PLAIN_SECONDS and text != self._printed:
+            self._printed_at, self._printed = now, text
+            print(text, flush=True)
 
     def _write(self, text: str) -> None:
         print(f"{_CLEAR}{text}", end="", file=self._terminal, flush=True)
