@@ -223,3 +223,13 @@ def test_what_a_fed_run_waited_for_is_told_only_where_it_waited() -> None:
     assert "1 Gbit/s: 0.900 of local (at least 0.97: MISSED)" in table.notes[0]
     given["one host"] = answers(98.0, 0.002, "b")
     assert "THE WEIGHTS DIFFER" in feed_training.table_of(given, {}, options).notes[0]
+
+
+@pytest.mark.matrix
+def test_predictions_take_what_was_estimated_and_streamed_ones_no_more_with_the_data(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="predictions are streamed by pyarrow")
+    (table,) = tables("predict_memory", tmp_path)
+    assert "The arrays are within 10% of the estimate" in table["notes"][0]
+    rows = {row[0]: row for row in table["rows"]}
+    kept, peak = (float(rows["the same, streamed to Parquet"][column]) for column in (5, 6))
+    assert kept < 20 and peak < 200

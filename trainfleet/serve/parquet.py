@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from trainfleet.store.file import FileStore
 
 _KEY = b"trainfleet"
 _NAME = re.compile(r"part-(\d{6,})\.parquet")
+_GROUP_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 _SINGLE = {"classes": "class", "confidences": "confidence", "values": "value"}
 """Columns of one number a row are named in the singular, and are plain numbers."""
 _PLURAL = {single: plural for plural, single in _SINGLE.items()}
@@ -76,9 +80,38 @@ def write_part(store: FileStore, number: int, part: Part, columns: dict[str, NDA
         names.append("index" if name == "indices" else _SINGLE.get(name, name) if is_single else name)
         assert rows == part.kept
     table = pa.table(arrays, names=names).replace_schema_metadata({_KEY: part.to_json().encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, use_dictionary=False, write_page_checksum=True)
-    return store.put(part_name(number), memoryview(sink.getvalue()))
+    chunks = _Chunks()
+    sink = io.BufferedWriter(chunks, _CHUNK_BYTES)  # there are headers of a few bytes among them
+    row = sum(column.nbytes for column in columns.values()) // max(1, part.kept)
+    # A group of rows is encoded in memory before it is written.
+    groups = max(1024, _GROUP_BYTES // max(1, row))
+    pq.write_table(
+        table, pa.PythonFile(sink, mode="w"), use_dictionary=False, write_page_checksum=True, row_group_size=groups
+    )
+    sink.flush()
+    size = store.put(part_name(number), chunks.taken())
+    del table, arrays
+    pa.default_memory_pool().release_unused()  # it would keep what a part took, and more with each
+    return size
+
+
+class _Chunks(io.RawIOBase):
+    """What was written, piece by piece: one buffer would be copied as it grows."""
+
+    def __init__(self) -> None:
+        self._found: deque[bytes] = deque()
+
+    def write(self, data: Any) -> int:
+        self._found.append(bytes(data))
+        return len(self._found[-1])
+
+    def writable(self) -> bool:
+        return True
+
+    def taken(self) -> Iterator[bytes]:
+        """Each once, and then no longer held."""
+        while self._found:
+            yield self._found.popleft()
 
 
 def read_parts(folder: Path) -> Iterator[tuple[Path, Part]]:
