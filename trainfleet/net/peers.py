@@ -147,7 +147,7 @@ class Peers:
                 )
             if not said and now - since > _SAY_AFTER:
                 said = True
-                logger.warning("Waiting for %s, with %d of role %s here. %s", what, here, self._admits, why)
+                logger.warning("Waiting for %s, with %s %s here. %s", what, here or "no", self._admits, why)
 
     def close(self) -> None:
         self._closing.set()
