@@ -89,13 +89,13 @@ class ArrowTable:
         else:
             table = opened.get_batch(place)
             table = table.select(self._columns) if self._columns else table
-        self._cache[group] = {key: _column(table.column(key)) for key in table.schema.names}
+        self._cache[group] = {key: rows_of(table.column(key)) for key in table.schema.names}
         while len(self._cache) > self._groups:
             self._cache.popitem(last=False)
         return self._cache[group]
 
 
-def _column(column: Any) -> Any:
+def rows_of(column: Any) -> Any:
     """Indexable rows: an array where every row is a number or an equal-sized list of them."""
     import pyarrow as pa
 

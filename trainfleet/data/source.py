@@ -42,6 +42,7 @@ SOURCES = {
     "hf": "trainfleet.data.huggingface:load_dataset",
     "mds": "trainfleet.data.shards.mds:MosaicShards",
     "webdataset": "trainfleet.data.shards.tar:TarShards",
+    "flight": "trainfleet.data.shards.flight:FlightTable",
 }
 """The short names of `open_source`, and what each stands for."""
 

@@ -9,6 +9,8 @@ import pytest
 from data.shards.made import fetched, mood, same, sample, used, write_mds
 
 from trainfleet.data import LocalBatches
+from trainfleet.data.feed import DataService, RemoteBatches
+from trainfleet.data.feed.stock import digest_of
 from trainfleet.data.order import epoch_order
 from trainfleet.data.shards.mds import MosaicShards
 from trainfleet.data.shards.sharded import cached_name, chosen
@@ -113,3 +115,34 @@ def test_columns_are_chosen_by_name_or_under_another():
     with pytest.raises(DataError, match="D has no column c"):
         chosen(["c"], ["a", "b"], "D")
     assert np.array_equal(list(chosen(["b"], ["a", "b"], "D")), ["b"])
+
+
+def test_two_feeders_with_caches_of_their_own_feed_the_batches_of_local_data(tmp_path):
+    plain = LocalBatches(source(tmp_path, scheme=""), size=8, seed=3, collate="numpy")
+    wanted = [next(plain) for _ in range(60)]
+    caches = [tmp_path / "one", tmp_path / "two"]
+    services = [
+        DataService(
+            LocalBatches(source(tmp_path, cache=cache), size=8, seed=3, workers=2, collate="numpy"),
+            address="127.0.0.1:0",
+        ).open()
+        for cache in caches
+    ]
+    try:
+        with RemoteBatches([str(service.address) for service in services], as_numpy=True) as fed:
+            first = [next(fed) for _ in range(25)]
+            state = fed.state_dict()
+        with RemoteBatches([str(services[1].address)], as_numpy=True) as fed:
+            fed.load_state_dict(state)
+            rest = [next(fed) for _ in range(35)]
+    finally:
+        for service in services:
+            service.close()
+    assert all(same(*pair) for pair in zip(first + rest, wanted))
+    assert all(0 < used(cache) <= 20_000 for cache in caches)
+
+
+def test_a_feeder_with_another_window_is_not_taken_for_one_of_the_same_data(tmp_path):
+    digests = {digest_of(LocalBatches(source(tmp_path, window=w), size=8).maker) for w in (2, 3)}
+    others = {digest_of(LocalBatches(source(tmp_path, cache=c, cache_bytes=30_000), size=8).maker) for c in "ab"}
+    assert len(digests) == 2 and len(others | digests) == 2, "caches may differ, windows not"

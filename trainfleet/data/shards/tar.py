@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import logging
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,15 +13,12 @@ from typing import Any
 from trainfleet.data.shards.addresses import Address, addresses
 from trainfleet.data.shards.cache import Damaged, Part, ShardCache
 from trainfleet.data.shards.contents import Contents, find_contents
+from trainfleet.data.shards.counts import UNKNOWN, counted, index_folder, write_whole
 from trainfleet.data.shards.encodings import decode_file
 from trainfleet.data.shards.fetch import RemoteFile, local_path, shown
-from trainfleet.data.shards.sharded import CACHE, CACHE_BYTES, Shard, ShardedSource, cached_name, open_local, read_at
+from trainfleet.data.shards.sharded import CACHE, CACHE_BYTES, Shard, ShardedSource, cached_name, read_at
 from trainfleet.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-INDEXERS = 4
-UNKNOWN = -1
 MAX_FILE_BYTES = 2 << 30
 """Of one file of a sample, which is read into memory."""
 HELD_SAMPLES = 2_000_000
@@ -65,13 +56,13 @@ class TarShards(ShardedSource):
         asked = {"options": dict(options or {}), "timeout": timedelta(seconds=timeout)}
         found = addresses(url, **asked)
         shared = ShardCache(cache, cache_bytes)
-        self._index = shared.folder / "index"
-        self._index.mkdir(exist_ok=True)
+        self._index = index_folder(shared)
         self._known: OrderedDict[str, Contents] = OrderedDict()
         self._columns = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns or ()}
         self._key, self._mode = key, mode
-        shards = self._counted([self._shard(address, asked) for address in found], found, shared)
-        super().__init__(shards, shared, window=window, title=f"WebDataset {shown(found[0].url)} ({len(found)})")
+        title = f"WebDataset {shown(found[0].url)} ({len(found)})"
+        shards = counted([self._shard(address, asked) for address in found], shared, self._count, title=title)
+        super().__init__(shards, shared, window=window, title=title)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": OrderedDict()}
@@ -117,41 +108,10 @@ class TarShards(ShardedSource):
             self._known.popitem(last=False)
         return contents
 
-    def _counted(self, shards: list[Shard], found: Sequence[Address], cache: ShardCache) -> list[Shard]:
-        """The shards with their samples and sizes: as an index says, or counted before, or now, by reading them all."""
-        named = hashlib.blake2b(json.dumps([shard.name for shard in shards]).encode(), digest_size=12).hexdigest()
-        file = self._index / f"{named}.counts"
-        counts = _kept_counts(file)
-        for shard in shards:
-            if shard.samples != UNKNOWN:
-                counts[shard.name] = (shard.samples, shard.num_bytes)
-        missing = [shard for shard in shards if shard.name not in counts]
-        if missing:
-            logger.info("Looking once through %d shards of %s for their samples.", len(missing), shown(found[0].url))
-            with ThreadPoolExecutor(INDEXERS) as pool:
-                for shard, count in zip(missing, pool.map(lambda shard: self._count(shard, cache), missing)):
-                    counts[shard.name] = count
-            _write(file, json.dumps(counts))
-        return [
-            dataclasses.replace(shard, samples=counts[shard.name][0], num_bytes=counts[shard.name][1])
-            for shard in shards
-        ]
-
-    def _count(self, shard: Shard, cache: ShardCache) -> tuple[int, int]:
-        """(samples, bytes) of a shard, which is fetched for that."""
-        try:
-            if shard.path is not None:
-                descriptor = open_local(shard.path, shard.num_bytes)
-            else:
-                assert shard.fetch is not None
-                descriptor = cache.open(shard.name, shard.fetch, num_bytes=shard.num_bytes)
-            try:
-                contents = _found(self._index_file(shard.name), descriptor, os.fstat(descriptor).st_size)
-                return len(contents), contents.num_bytes
-            finally:
-                os.close(descriptor)
-        except Damaged as exc:
-            raise DataError(f"{shard.title} is damaged: {exc}") from exc
+    def _count(self, shard: Shard, descriptor: int) -> tuple[int, int]:
+        """(samples, bytes) of a shard that is open."""
+        contents = _found(self._index_file(shard.name), descriptor, os.fstat(descriptor).st_size)
+        return len(contents), contents.num_bytes
 
     def _index_file(self, name: str) -> Path:
         return self._index / f"{name}.json"
@@ -196,34 +156,5 @@ def _found(file: Path, descriptor: int, num_bytes: int) -> Contents:
         kept = None
     if kept is None:
         kept = find_contents(descriptor, num_bytes)
-        _write(file, kept.to_json())
+        write_whole(file, kept.to_json())
     return kept
-
-
-def _kept_counts(file: Path) -> dict[str, tuple[int, int | None]]:
-    try:
-        plain = json.loads(file.read_bytes())
-        found = {name: (samples, num_bytes) for name, (samples, num_bytes) in plain.items()}
-        sound = all(
-            type(samples) is int and samples >= 0 and (num_bytes is None or (type(num_bytes) is int and num_bytes >= 0))
-            for samples, num_bytes in found.values()
-        )
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        logger.warning("%s is garbled; what it says is looked up again.", file)
-        return {}
-    return found
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    draft = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        draft.write_text(text)
-        draft.replace(file)
-    except OSError as exc:
-        draft.unlink(missing_ok=True)
-        raise DataError(f"The index of shards {file} cannot be written: {exc.strerror}.") from exc
