@@ -90,9 +90,10 @@ class TensorflowWay:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
+            command = shlex.join(map(str, process.args))
             raise SystemExit(
-                f"{self.name} needs an interpreter with tensorflow or tensorflow-cpu. `{shlex.join(map(str, process.args))}` "
-                f"ended with {process.wait()}; run it to see why."
+                f"{self.name} needs an interpreter with tensorflow or tensorflow-cpu. `{command}` ended with "
+                f"{process.wait()}; run it to see why."
             )
         return json.loads(line)
 

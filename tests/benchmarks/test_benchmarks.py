@@ -151,9 +151,43 @@ def test_marks_say_which_bound_holds_for_one_host() -> None:
 
 def test_an_interpreter_without_tensorflow_is_said_to_be_so() -> None:
     import feed_throughput
+    from faults.service import serve_with_kills
 
     with pytest.raises(SystemExit, match="needs an interpreter with tensorflow"):
         feed_throughput.TensorflowWay("/bin/false")
+    with pytest.raises(SystemExit, match="needs an interpreter with tensorflow"):
+        serve_with_kills("/bin/false", "DYNAMIC", workers=1, kills=1, seed=0)
+
+
+STAND_IN = """
+import json, os, sys, time
+role, samples = sys.argv[2], 240
+if role == "dispatcher":
+    print(json.dumps({"target": "grpc://127.0.0.1:1", "version": "none"}), flush=True)
+    time.sleep(60)
+elif role == "worker":
+    print("0", flush=True)
+    time.sleep(60)
+print("0", flush=True)
+for _ in sys.stdin:
+    for index in [*range(samples - 2), 0, 0]:
+        print(index, flush=True)
+        time.sleep(0.001)
+    print("null", flush=True)
+"""
+
+
+def test_uses_of_samples_are_counted_while_workers_are_killed(tmp_path: Path) -> None:
+    """By a stand-in whose consumer leaves the last two samples out and has the first thrice."""
+    from faults.service import serve_with_kills
+
+    script, python = tmp_path / "service.py", tmp_path / "python"
+    script.write_text(STAND_IN)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S {script} "$@"\n')
+    python.chmod(0o700)
+    served = serve_with_kills(str(python), "DYNAMIC", workers=2, kills=2, seed=0)
+    assert served.kills == 2 and served.epochs >= 1 and not served.hung
+    assert (served.lost, served.doubled) == (2 * served.epochs, 2 * served.epochs)
 
 
 @pytest.mark.matrix
