@@ -112,6 +112,33 @@ def test_batches_of_one_host_train_on_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
+def test_a_model_is_validated_and_asked_from_another_host(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="predictions are written by pyarrow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
+    programs = [
+        subprocess.Popen(
+            [*python(f"{name}.py"), place], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("serve_gpu", "validate_cpu", "predict_cpu")
+    ]
+    try:
+        validated, predicted = (program.communicate(timeout=60)[0] for program in programs[1:])
+        programs[0].send_signal(signal.SIGINT)
+        assert programs[0].wait(30) == 0
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    right = re.search(r"accuracy ([\d.]+)", validated)
+    assert right is not None and float(right[1]) > 0.8 and (tmp_path / "runs" / "confusion.png").exists()
+    assert " of 360 rows; " in predicted
+    assert len(re.findall(r"image \d+: \d \(\d+%\), or \d \(\d+%\)", predicted)) == 5
+
+
+@pytest.mark.matrix
 def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
