@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import pickle
+import re
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,8 +75,8 @@ def test_slow_shards_are_waited_for_and_a_worker_that_waits_is_not_taken_for_hun
     from datetime import timedelta
 
     shards = source(tmp_path)
-    mood(tmp_path / "d", seconds=0.1, piece=100)  # 1.1 s a shard
-    stream = LocalBatches(shards, size=4, workers=1, timeout=timedelta(seconds=0.6), restarts=0, collate="numpy")
+    mood(tmp_path / "d", seconds=0.05, piece=100)  # 0.6 s a shard
+    stream = LocalBatches(shards, size=4, workers=1, timeout=timedelta(seconds=0.3), restarts=0, collate="numpy")
     assert len(batches(stream, 1)[0]["i"]) == 4
 
 
@@ -146,3 +150,53 @@ def test_a_feeder_with_another_window_is_not_taken_for_one_of_the_same_data(tmp_
     digests = {digest_of(LocalBatches(source(tmp_path, window=w), size=8).maker) for w in (2, 3)}
     others = {digest_of(LocalBatches(source(tmp_path, cache=c, cache_bytes=30_000), size=8).maker) for c in "ab"}
     assert len(digests) == 2 and len(others | digests) == 2, "caches may differ, windows not"
+
+
+class Breaking(http.server.SimpleHTTPRequestHandler):
+    """Serves byte ranges, and breaks off in the middle of every third answer of a shard."""
+
+    folder = ""
+    answers = 0
+
+    def do_GET(self):
+        data = Path(self.folder, self.path.lstrip("/")).read_bytes()
+        begin, end = 0, len(data)
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            begin, end = int(asked[1]), min(int(asked[2]) + 1, end)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("Accept-Ranges", "bytes")
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+        self.end_headers()
+        Breaking.answers += self.path.endswith(".mds")
+        if Breaking.answers % 3 == 2:
+            end -= (end - begin) // 2
+            self.close_connection = True
+        self.wfile.write(data[begin:end])
+        if self.close_connection:
+            self.connection.close()
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(Path(self.folder, self.path.lstrip("/")).stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def log_message(self, *words):
+        pass
+
+
+def test_shards_come_whole_from_a_web_server_that_breaks_off_to_the_parent_and_to_workers(tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp, which is not installed")
+    write_mds(tmp_path / "d", samples=80)
+    Breaking.folder = str(tmp_path / "d")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ours = MosaicShards(f"http://127.0.0.1:{server.server_port}", cache=tmp_path / "cache", window=3)
+        assert same(ours[0], sample(0)), "and from here on there are threads that a fork does not take along"
+        with LocalBatches(ours, size=8, epochs=1, workers=2, collate="numpy") as stream:
+            found = list(stream)
+        server.shutdown()
+    assert sorted(int(i) for batch in found for i in batch["i"]) == list(range(80))
+    assert Breaking.answers > 10, "some were asked for again"
