@@ -17,6 +17,7 @@ from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.dial import dial, peer_of
+from trainfleet.net.entrance import Entrance
 from trainfleet.net.frames import Limits
 from trainfleet.net.listener import Listener
 from trainfleet.net.structure import Classes
@@ -38,7 +39,11 @@ class Ways:
     places: Sequence[str | Address | Token] = ()
     listen: str | Address | None = None
     via: Token | str | None = None
+    tunnel: str | None = None
+    """A way in to `listen`, as `entrance.Way` reads it."""
     credentials: Credentials | None = None
+    told: Callable[[Address | Token], None] | None = None
+    """Called with what peers have to dial, once it is known and when it changes."""
     classes: Classes | None = None
     limits: Limits | None = None
     nearby: bool = True
@@ -94,9 +99,18 @@ class Peers:
         self._closing = threading.Event()
         self._members: list[Member] = []
         self._listener: Listener | None = None
+        self._entrance: Entrance | None = None
         self._accepting: threading.Thread | None = None
 
     def open(self) -> None:
+        """Raises what `Listener` and `Entrance` raise, with nothing left open."""
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         ways = self._ways
         if ways.listen is not None or (ways.via is not None and not ways.places):
             self._listener = Listener(
@@ -104,12 +118,21 @@ class Peers:
             )
             self._accepting = threading.Thread(target=self._accept, name=f"trainfleet-{self._role}", daemon=True)
             self._accepting.start()
+            self._tell(self._listener)
         for place in ways.places:
             if isinstance(place, str) and is_token(place):
                 place = Token.parse(place)
             # A token is a secret, and is not for the log.
             name = " or ".join(map(str, place.addresses)) or "the relay" if isinstance(place, Token) else str(place)
             self._members.append(self._member(name, functools.partial(self._call, name, place), True))
+
+    def _tell(self, listener: Listener) -> None:
+        told, tunnel = self._ways.told or (lambda place: None), self._ways.tunnel
+        if tunnel is not None:
+            self._entrance = Entrance(tunnel, listener.address.port, moved=lambda place: told(listener.token([place])))
+            told(listener.token([self._entrance.address]))
+        elif self._ways.via is None:
+            told(listener.address)
 
     @property
     def address(self) -> Address | None:
@@ -161,6 +184,8 @@ class Peers:
             member.close()
         for member in self._members:
             member.join(10)
+        if self._entrance is not None:  # what was said to peers has gone through it
+            self._entrance.close()
 
     # told by the members, on the threads of their lines
 

@@ -48,11 +48,7 @@ class Respondents:
         self._waiting_bytes: dict[int, int] = {}  # by task: of the batch, then of its answer
         self._done: dict[int, Answer | TrainfleetError] = {}
         self._offer: Offer | None = None
-        try:
-            self._peers.open()
-        except BaseException:
-            self._peers.close()
-            raise
+        self._peers.open()
 
     def offer(self) -> Offer:
         """That of the first service; PeerError if none is there in time."""

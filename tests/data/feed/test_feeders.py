@@ -12,10 +12,11 @@ from data.feed.test_stock import TERMS
 from data.feed.test_terms import OFFER
 
 from trainfleet.data.feed.feeder import Told
-from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.feed.feeders import Feeders
 from trainfleet.data.feed.terms import Unit
 from trainfleet.errors import DataError, NotAdmitted, PeerError
 from trainfleet.net.channel import Message
+from trainfleet.net.peers import Ways
 
 
 class Known:

@@ -8,9 +8,10 @@ import pytest
 from data.feed.test_feeders import Known, made, told
 from data.feed.test_stock import TERMS
 
-from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.feed.feeders import Feeders
 from trainfleet.data.feed.lane import Lane
 from trainfleet.data.sampler import Span
+from trainfleet.net.peers import Ways
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def pool(monkeypatch):
 
 def test_tasks_of_two_lanes_do_not_meet(pool):
     one, other, feeder = Lane(pool, TERMS), Lane(pool, TERMS), Known("feeder")
-    pool._feeders.append(feeder)
+    pool._peers._members.append(feeder)
     pool.joined(feeder, told())
     one.submit(0, Span(0, 0, 8))
     other.submit(0, Span(0, 8, 16))
@@ -41,7 +42,7 @@ def test_tasks_of_two_lanes_do_not_meet(pool):
     other.submit(2, Span(0, 32, 40))
     other.close()
     assert feeder.asked[-1] == "forget"
-    pool._feeders.clear()  # it has no connection to be closed
+    pool._peers._members.clear()  # it has no connection to be closed
 
 
 def test_a_shared_pool_is_closed_by_the_last(pool):

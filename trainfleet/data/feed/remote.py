@@ -9,7 +9,7 @@ from typing import Any
 
 from trainfleet.data.batches import IndexedBatches
 from trainfleet.data.collate import torch_installed
-from trainfleet.data.feed.feeders import Feeders, Ways
+from trainfleet.data.feed.feeders import Feeders
 from trainfleet.data.feed.lane import Lane
 from trainfleet.data.feed.terms import Terms
 from trainfleet.data.sampler import Short, Span
@@ -18,6 +18,7 @@ from trainfleet.errors import ConfigError
 from trainfleet.net.address import Address
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.frames import Limits
+from trainfleet.net.peers import Ways
 from trainfleet.net.structure import allow
 from trainfleet.net.token import Token
 
@@ -105,7 +106,7 @@ class RemoteBatches(IndexedBatches):
             listen = Address.parse(listen)
             listen = replace(listen, port=listen.port + rank if listen.port else 0)
         ways = Ways(
-            feeders=called,
+            places=called,
             listen=listen,
             via=via,
             tunnel=tunnel,
