@@ -110,3 +110,35 @@ def test_what_is_done_on_the_device_is_a_short_name_a_function_or_a_class_with_a
     assert isinstance(DataConfig(on_device="pixels", on_device_args={"mean": 0.5}).open_on_device(), Pixels)
     assert DataConfig(on_device="builtins:list").open_on_device() == [], "a class is made"
     assert DataConfig(on_device="builtins:len").open_on_device() is len
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({}, "it needs one of the two"),
+        ({"source": "csv", "fraction": 0.1}, "it needs one of the two"),
+        ({"fraction": 1.0}, "lies between 0 and 1"),
+        ({"fraction": 0.1, "args": {"path": "x"}}, "for a source of its own"),
+    ],
+)
+def test_an_evaluation_is_a_source_or_a_fraction(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        SourceConfig(**values)
+
+
+def test_a_fraction_of_what_is_only_iterated_is_refused():
+    config = DataConfig(source="data.test_config:stream", evaluation=SourceConfig(fraction=0.1))
+    for opening in (config.open_training, config.open_evaluation):
+        with pytest.raises(ConfigError, match="cannot be found in it"):
+            opening(size=4)
+
+
+def stream():
+    return iter(range(10))
+
+
+def test_a_given_source_is_split_as_a_configured_one_is():
+    config = DataConfig(evaluation=SourceConfig(fraction=0.25))
+    given = list(range(40))
+    with config.open_training(size=3, source=given) as training, config.open_evaluation(size=3, training=given) as rest:
+        assert (training.num_samples, rest.num_samples) == (30, 10)

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfleet.batch import BatchStream
+from trainfleet.data.config import DataConfig, SourceConfig
 from trainfleet.data.loader import LocalBatches
 from trainfleet.data.order import Blocks, epoch_order
+from trainfleet.data.split import Part
 from trainfleet.errors import DataError
 
 
@@ -302,3 +304,56 @@ def test_a_position_in_another_window_of_blocks_is_refused():
     LocalBatches(list(range(40)), size=4).load_state_dict(state)
     with pytest.raises(DataError, match="windows of 2 shards, but this source has windows of 3"):
         stream(3).load_state_dict(state)
+
+
+def held_out_and_rest(workers=0, **settings):
+    config = DataConfig(
+        source="data.test_loader:Hundred",
+        evaluation=SourceConfig(fraction=0.2, **settings),
+        workers=workers,
+        collate="data.test_loader:as_list",
+    )
+    with config.open_training(size=8, seed=3) as training, config.open_evaluation(size=8, seed=9) as evaluation:
+        epoch = [index for _ in range(training.batches_per_epoch) for index in next(training)]
+        return [index for batch in evaluation for index in batch], epoch
+
+
+class Hundred:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return index
+
+
+def as_list(samples):
+    return list(samples)
+
+
+def test_what_is_held_out_is_never_trained_on_and_does_not_depend_on_seed_or_workers_of_the_run():
+    held_out, trained = held_out_and_rest()
+    assert len(held_out) == 20 and held_out == sorted(held_out) and len(trained) == 80
+    assert sorted(held_out + trained) == list(range(100)) and trained != sorted(trained)
+    assert held_out_and_rest(workers=2) == (held_out, trained)
+    assert held_out_and_rest(seed=1)[0] != held_out
+
+
+def test_a_place_in_another_split_is_refused():
+    streams = [
+        LocalBatches(Hundred(), size=8, part=Part(Hundred(), 0.2, seed=seed, held_out=False), collate="numpy")
+        for seed in (0, 0, 1)
+    ]
+    next(streams[0])
+    streams[1].load_state_dict(streams[0].state_dict())
+    assert (next(streams[1]) == next(streams[0])).all()
+    with pytest.raises(DataError, match="what was trained on would be held out"):
+        streams[2].load_state_dict(streams[0].state_dict())
+
+
+def test_epochs_are_done_with_their_last_batch():
+    stream = LocalBatches(Hundred(), size=30, collate="numpy")
+    done = [stream.epochs_done]
+    for _ in range(7):
+        next(stream)
+        done.append(stream.epochs_done)
+    assert done == [0, 0, 0, 1, 1, 1, 2, 2]

@@ -165,3 +165,20 @@ def test_streams_whose_feeders_differ_are_refused(path: Path) -> None:
         refuse_unlike_feeders(world, ours, alike, None)
         with pytest.raises(DataError, match="make other samples"):
             refuse_unlike_feeders(world, ours, unlike)
+
+
+def test_a_split_validated_each_epoch_and_stopped_early_is_the_same_over_the_feed(path: Path, tmp_path: Path) -> None:
+    """Of 90 samples 9 are held out, so an epoch is 10 steps of 8; the rate is so high that it gets no better soon."""
+    train = {"steps": 200, "evaluate_every": "epoch", "early_stopping": 2}
+    path = write_job(path.parent, data={"evaluation": {"fraction": 0.1}}, train=train, optimizer={"lr": 0.3})
+    recipes = [read_job(path, f"folder={tmp_path / name}") for name in ("local", "fed")]
+    local = job.run(recipes[0])
+    assert local.reason == "stopped early" and local.step < 200 and local.step % 10 == 0
+    with served(path) as service:
+        assert [offer.samples for offer in service.offers.values()] == [81, 9]
+        over = job.run(fed(recipes[1], service))
+    assert over == local
+    ours, theirs = what_became(recipes[0].folder), what_became(recipes[1].folder)
+    assert ours["steps"] == theirs["steps"] and ours["evaluations"] == theirs["evaluations"]
+    assert [step for step, _ in ours["evaluations"]] == list(range(10, local.step + 1, 10))
+    assert all(torch.equal(ours["weights"][name], theirs["weights"][name]) for name in ours["weights"])

@@ -282,3 +282,14 @@ def test_a_step_function_of_the_users_own_takes_the_place_of_the_engines(mesh: M
     trainer, _ = trainer_of(mesh, Plan(), step_fn=step)
     trainer.fit(2)
     assert calls == [2, 2]
+
+
+def test_epochs_of_a_stream_that_does_not_know_them_are_no_time_to_evaluate(mesh: Mesh) -> None:
+    with pytest.raises(ConfigError, match="does not know where its epochs end"):
+        trainer_of(
+            mesh,
+            Plan(),
+            stream=iter([CASE.micro_batch(0, 0)] * 3),
+            config={"evaluate_every": "epoch"},
+            evaluation=lambda: [CASE.micro_batch(0, 0)],
+        )

@@ -168,6 +168,14 @@ class IndexedBatches(Batches):
         return self._place[1]
 
     @property
+    def epochs_done(self) -> int:
+        """Epochs of which nothing is left: the number of that which the next batch belongs to, from 0."""
+        span, _ = next_span(
+            *self._place, num_samples=self.num_samples, step=self.size * self.world_size, short=self.short
+        )
+        return span.epoch
+
+    @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of this rank, and of every other, in a whole epoch."""
         whole, rest = divmod(self.num_samples, self.size * self.world_size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from trainfleet.data.iterable import IterableBatches
 from trainfleet.data.loader import LocalBatches
 from trainfleet.data.source import is_indexed, open_source
+from trainfleet.data.split import Part
 from trainfleet.errors import ConfigError
 from trainfleet.imports import load_object
 from trainfleet.plan import STRICT
@@ -91,10 +92,25 @@ class SourceConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    source: str
+    source: str | None = None
     """As data.source; remote: the stream `evaluation` of the feeders."""
     args: dict[str, Any] = field(default_factory=dict)
     """What the source is opened with, such as path; for remote, where data.source is remote too: as there."""
+    fraction: float | None = None
+    """In place of `source`: this part of data.source is held out, from everywhere in it, and not trained on."""
+    seed: int = 0
+    """Of what `fraction` holds out. It is not that of the run: runs of other seeds are compared on the same samples."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.fraction is None):
+            raise ConfigError(
+                f"data.evaluation has source={self.source} and fraction={self.fraction}; it needs one of the two.",
+                hint="Give a source of its own, or the fraction of data.source to hold out, such as 0.1.",
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise ConfigError(f"data.evaluation.fraction is {self.fraction}; it lies between 0 and 1, often 0.1.")
+        if self.fraction is not None and self.args:
+            raise ConfigError("data.evaluation.args are for a source of its own; with fraction it is data.source.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +120,12 @@ class DataConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     source: str | None = None
-    """csv, numpy, parquet, arrow, text, images or hf; the import path package.module:Name of a dataset; or remote:
+    """csv, numpy, parquet, arrow, text, images, hf, webdataset, mds or flight (docs/data.md); the import path
+    package.module:Name of a dataset; or remote:
     feeders make the batches, with their own transform, collate and workers."""
     args: dict[str, Any] = field(default_factory=dict)
-    """What the source is opened with, such as path; for remote: feeders, listen, tunnel, certificates, identity, classes,
-    buffer_bytes, timeout (docs/feed.md)."""
+    """What the source is opened with, such as path; for remote: feeders, listen, tunnel, certificates, identity,
+    classes, buffer_bytes, timeout (docs/feed.md)."""
     evaluation: SourceConfig | None = None
     """The source to evaluate on, never shuffled; none: no evaluation."""
     transform: str | None = None
@@ -184,8 +201,6 @@ class DataConfig:
         `source` takes the place of the configured one; `seed` is that of the run, for where data.seed is none.
         """
         if source is None:
-            if self.source is None:
-                raise ConfigError("data.source is not set. Name a source (csv, text, ...) or package.module:Name.")
             if self.source == REMOTE:
                 return self._open_remote(
                     "training",
@@ -198,9 +213,10 @@ class DataConfig:
                     short=self.short,
                     on_skip=on_skip,
                 )
-            source = open_source(self.source, **self.args)
+            source = self._open_source()
         return self._open(
             source,
+            held_out=False,
             size=size,
             rank=rank,
             world_size=world_size,
@@ -221,15 +237,19 @@ class DataConfig:
         seed: int = 0,
         on_skip: OnSkip | None = None,
         source: Any = None,
+        training: Any = None,
     ) -> LocalBatches | IterableBatches | RemoteBatches | None:
         """One pass in order that leaves no sample out, to be rewound for the next; None where none is configured.
 
-        It has no workers of its own: they would be idle between evaluations.
+        `source` takes the place of the configured one, `training` that of data.source where a fraction of it is held
+        out. It has no workers of its own: they would be idle between evaluations.
         """
+        held_out = None
         if source is None:
             if self.evaluation is None:
                 return None
-            if self.evaluation.source == REMOTE:
+            is_fed = self.source == REMOTE and training is None
+            if self.evaluation.source == REMOTE or (self.evaluation.fraction is not None and is_fed):
                 own = self.evaluation.args
                 return self._open_remote(
                     "evaluation",
@@ -242,9 +262,14 @@ class DataConfig:
                     short="keep",
                     on_skip=on_skip,
                 )
-            source = open_source(self.evaluation.source, **self.evaluation.args)
+            if self.evaluation.fraction is not None:
+                source, held_out = training if training is not None else self._open_source(), True
+            else:
+                assert self.evaluation.source is not None
+                source = open_source(self.evaluation.source, **self.evaluation.args)
         return self._open(
             source,
+            held_out=held_out,
             size=size,
             rank=rank,
             world_size=world_size,
@@ -257,13 +282,30 @@ class DataConfig:
             epochs=1,
         )
 
+    def _open_source(self) -> Any:
+        if self.source is None:
+            raise ConfigError("data.source is not set. Name a source (csv, text, ...) or package.module:Name.")
+        return open_source(self.source, **self.args)
+
+    def _part(self, source: Any, held_out: bool | None) -> Part | None:
+        """Of a source that both streams have, the one's or the other's; None: all of it."""
+        if held_out is None or self.evaluation is None or self.evaluation.fraction is None:
+            return None
+        if not is_indexed(source):
+            raise ConfigError(
+                f"data.evaluation.fraction is {self.evaluation.fraction}, but data.source is only iterated, so what is "
+                "held out cannot be found in it.",
+                hint="Give data.evaluation a source of its own, or data.source len() and [index].",
+            )
+        return Part(source, self.evaluation.fraction, seed=self.evaluation.seed, held_out=held_out)
+
     def _open_remote(self, stream: str, args: Mapping[str, Any], **terms: Any) -> RemoteBatches:
         from trainfleet.data.feed.config import FeedConfig
 
         return FeedConfig.of(args).open(stream, bad=self.bad, **terms)
 
     def _open(
-        self, source: Any, *, seed: int, shuffle: bool, shards: int | None, **common: Any
+        self, source: Any, *, held_out: bool | None, seed: int, shuffle: bool, shards: int | None, **common: Any
     ) -> LocalBatches | IterableBatches:
         common |= {
             "seed": seed if self.seed is None else self.seed,
@@ -275,6 +317,7 @@ class DataConfig:
             "timeout": self.worker_timeout,
             "restarts": self.worker_restarts,
         }
+        part = self._part(source, held_out)
         if is_indexed(source):
-            return LocalBatches(source, shuffle=shuffle, **common)
+            return LocalBatches(source, shuffle=shuffle, part=part, **common)
         return IterableBatches(source, shards=shards, **common)

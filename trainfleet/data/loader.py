@@ -11,7 +11,8 @@ from trainfleet.data.collate import torch_installed
 from trainfleet.data.crew import Workers
 from trainfleet.data.sampler import Short
 from trainfleet.data.samples import Bad, IndexedMaker, Transform, name_of
-from trainfleet.data.source import Source, blocks_of, is_indexed
+from trainfleet.data.source import Source, is_indexed
+from trainfleet.data.split import Part
 from trainfleet.data.workers import StartMethod
 from trainfleet.errors import DataError
 
@@ -38,6 +39,7 @@ class LocalBatches(IndexedBatches):
                   index). Without `rng`, `random`, `numpy.random` and torch are seeded with the same.
     collate       None: stacked, as torch tensors where torch is installed; "numpy": stacked, as NumPy; or a
                   function from a list of samples to a batch
+    part          only these samples of the source, such as Part(source, 0.1, held_out=False)
     pin           copy into pinned memory where there is a CUDA device
     epochs        stop after so many; `rewind()` begins again
     timeout       how long a worker may make no progress before it is replaced
@@ -63,6 +65,7 @@ class LocalBatches(IndexedBatches):
         bad: Bad = "raise",
         transform: Callable[..., Any] | None = None,
         collate: Callable[[list[Any]], Any] | Literal["numpy"] | None = None,
+        part: Part | None = None,
         pin: bool = False,
         epochs: int | None = None,
         on_skip: Callable[[int, str], None] | None = None,
@@ -84,6 +87,7 @@ class LocalBatches(IndexedBatches):
             bad=bad,
             transform=Transform(transform, seed, source),
             collate=None if isinstance(collate, str) else collate,
+            part=part,
         )
         self.maker = maker
         """What makes its batches, wherever that happens."""
@@ -98,7 +102,7 @@ class LocalBatches(IndexedBatches):
         )
         super().__init__(
             crew,
-            num_samples=len(source),
+            num_samples=maker.num_samples,
             size=size,
             rank=rank,
             world_size=world_size,
@@ -113,11 +117,17 @@ class LocalBatches(IndexedBatches):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        blocks = blocks_of(self.maker.source)
-        return super().state_dict() | ({"window": blocks.window} if blocks is not None else {})
+        blocks, part = self.maker.blocks, self.maker.part
+        window = {"window": blocks.window} if blocks is not None else {}
+        return super().state_dict() | window | ({"part": repr(part)} if part is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        blocks = blocks_of(self.maker.source)
+        blocks, part = self.maker.blocks, self.maker.part
+        if part is not None and state.get("part", repr(part)) != repr(part):
+            raise DataError(
+                f"The saved position is one of {state['part']}, and this stream is of {part}, so what was trained on "
+                "would be held out, or the reverse. Keep data.evaluation as it was."
+            )
         if blocks is not None and self.shuffle and state.get("window", blocks.window) != blocks.window:
             raise DataError(
                 f"The saved position is one of an order in windows of {state['window']} shards, but this source has "

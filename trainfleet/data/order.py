@@ -174,12 +174,12 @@ def _permute(positions: Indices, n: int, keys: tuple[np.uint64, ...]) -> Indices
 def _rounds(cells: NDArray[np.uint64], rows: np.uint64, columns: np.uint64, keys: tuple[np.uint64, ...]) -> Any:
     row, column = np.divmod(cells, columns)
     for k in range(0, len(keys), 2):
-        row = (row + _hash(column ^ keys[k]) % rows) % rows
-        column = (column + _hash(row ^ keys[k + 1]) % columns) % columns
+        row = (row + mixed(column ^ keys[k]) % rows) % rows
+        column = (column + mixed(row ^ keys[k + 1]) % columns) % columns
     return row * columns + column
 
 
-def _hash(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Every bit of the input moves every bit of the output: the finaliser of SplitMix64."""
     x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)

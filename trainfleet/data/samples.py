@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 import numpy as np
 
 from trainfleet.data.collate import add_weights, stack_samples
-from trainfleet.data.order import indices_at
+from trainfleet.data.order import Blocks, indices_at
 from trainfleet.data.sampler import Share, Short, Span, share_of
 from trainfleet.data.source import BlockSource, Source, blocks_of
+from trainfleet.data.split import Part
 from trainfleet.data.waits import Way
 from trainfleet.errors import DataError
 from trainfleet.imports import imported
@@ -67,7 +68,18 @@ class IndexedMaker:
     bad: Bad
     transform: Transform
     collate: Callable[[list[Any]], Any] | None
+    part: Part | None = None
+    """Only these samples of the source; None: all of it."""
     _in_source: float = field(default=0.0, init=False, repr=False, compare=False)  # seconds, of the batch at hand
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.source) if self.part is None else len(self.part)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """In which the samples lie together, where they do."""
+        return blocks_of(self.source) if self.part is None else self.part.blocks
 
     def make(self, span: Span, *, progress: Progress, poison: Collection[int]) -> Made:
         share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
@@ -105,19 +117,21 @@ class IndexedMaker:
         return Made(batch, tuple(skipped))
 
     def _indices(self, positions: Any, epoch: int) -> list[int]:
-        n, seed = len(self.source), self.transform.seed
-        blocks = blocks_of(self.source)
-        order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle, blocks=blocks)
-        found: list[int] = order.tolist()
+        n, seed = self.num_samples, self.transform.seed
+        order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle, blocks=self.blocks)
+        found: list[int] = (order if self.part is None else self.part.in_source(order)).tolist()
         return found
 
     def _expect(self, span: Span, progress: Progress) -> None:
         """Tell a source that fetches blocks which ones come, and whom to tell that it is at it."""
-        if (blocks := blocks_of(self.source)) is None:
+        if self.blocks is None:
             return
         source = cast(BlockSource, self.source)
         source.still_there = lambda: progress(-1)
-        source.expect(*blocks.coming(span.begin, seed=self.transform.seed, epoch=span.epoch, shuffle=self.shuffle))
+        coming = self.blocks.coming(span.begin, seed=self.transform.seed, epoch=span.epoch, shuffle=self.shuffle)
+        if self.part is not None:
+            coming = (self.part.blocks_in_source(coming[0]), self.part.blocks_in_source(coming[1]))
+        source.expect(*coming)
 
     def _sample(self, index: int, epoch: int, poison: Collection[int]) -> Any:
         if index in poison:
@@ -142,7 +156,7 @@ class IndexedMaker:
         for slot, sample in enumerate(samples):
             if slot not in bad_slots:
                 return sample
-        following = (span.end + np.arange(STAND_IN_TRIES)) % len(self.source)
+        following = (span.end + np.arange(STAND_IN_TRIES)) % self.num_samples
         for index in self._indices(following, span.epoch):
             try:
                 return self._sample(index, span.epoch, poison)

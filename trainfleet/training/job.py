@@ -312,6 +312,7 @@ def _open_evaluation(recipe: Recipe, mesh: Mesh, micro: int, given: Given, closi
         world_size=mesh.data_axes.size,
         seed=recipe.train.seed,
         source=given.evaluation_source,
+        training=given.source,
     )
     if batches is not None:
         closing.callback(_close, batches)

@@ -78,8 +78,8 @@ class TrainConfig:
     """Of the model's first numbers, its dropout, and (unless data.seed says otherwise) the order of the data."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient over the whole mesh; null: not clipped."""
-    evaluate_every: int | None = None
-    """Steps between evaluations; null: only at the end. Needs data.evaluation."""
+    evaluate_every: int | Literal["epoch"] | None = None
+    """Steps between evaluations, or `epoch`: after each; null: only at the end. Needs data.evaluation."""
     evaluate_batches: int | None = None
     """Batches a rank of one evaluation; null: all of data.evaluation."""
     early_stopping: int | None = None
@@ -111,7 +111,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "evaluate_every", "evaluate_batches", "early_stopping", "check_replicas_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ConfigError(f"train.{name} is {value}; use 1 or more.")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(

@@ -21,16 +21,25 @@ class Supply:
         """Of these, by cause; empty where the stream does not say."""
         self.received_bytes = 0
         """From other hosts, for the last `take`."""
+        self.ended_epoch = False
+        """Whether an epoch was over with the last `take`."""
 
     def take(self, step: int) -> list[Batch]:
         """The micro-batches of the step after `step`; DataError where the stream has ended."""
-        begun, before = time.perf_counter(), self._waited()
+        begun, before, epochs = time.perf_counter(), self._waited(), self.epochs_done
         taken = [self._next(step) for _ in range(self._accumulation)]
         self.seconds = time.perf_counter() - begun
         waited, received = self._waited()
         self.waits = {cause: seconds - before[0].get(cause, 0.0) for cause, seconds in waited.items()}
         self.received_bytes = received - before[1]
+        self.ended_epoch = epochs is not None and self.epochs_done != epochs
         return taken
+
+    @property
+    def epochs_done(self) -> int | None:
+        """None for a stream that does not know where its epochs end."""
+        done = getattr(self._stream, "epochs_done", None)
+        return done if isinstance(done, int) else None
 
     @property
     def ready(self) -> int | None:

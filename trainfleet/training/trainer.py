@@ -116,7 +116,12 @@ class Trainer:
         if self.config.evaluate_every and evaluation is None:
             raise ConfigError(
                 f"train.evaluate_every is {self.config.evaluate_every}, but there is nothing to evaluate on. "
-                "Give data.evaluation_source, or leave evaluate_every out."
+                "Give data.evaluation, or leave evaluate_every out."
+            )
+        if self.config.evaluate_every == "epoch" and self._supply.epochs_done is None:
+            raise ConfigError(
+                "train.evaluate_every is `epoch`, but the training data does not know where its epochs end. "
+                "Give a number of steps."
             )
 
     def fit(self, steps: int | None = None) -> Outcome:
@@ -170,7 +175,9 @@ class Trainer:
             return "interrupted"
         if not went_on:
             return "finished"
-        evaluate = self._is_due(self.config.evaluate_every) or (self.step == steps and self._evaluation is not None)
+        every = self.config.evaluate_every
+        due = self._supply.ended_epoch if every == "epoch" else self._is_due(every)
+        evaluate = due or (self.step == steps and self._evaluation is not None)
         if evaluate and self._evaluate_and_lose_patience():
             return "stopped early"
         if self._is_due(self._save_every):

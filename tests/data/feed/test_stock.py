@@ -11,6 +11,7 @@ from data.feed.made import Numbers, local, same
 from trainfleet.data.feed.stock import Stock, digest_of
 from trainfleet.data.feed.terms import Terms, Unit
 from trainfleet.data.order import Blocks
+from trainfleet.data.split import Part
 from trainfleet.errors import DataError
 
 TERMS = Terms(stream="training", size=8, rank=0, world_size=1, seed=3, shuffle=True, short="drop", bad="raise")
@@ -79,3 +80,14 @@ def test_feeders_whose_blocks_or_windows_differ_are_told_apart():
         source.blocks = blocks
         digests.add(digest_of(local(source).maker))
     assert len(digests) == 4
+
+
+def test_feeders_that_hold_out_something_else_are_told_apart():
+    source = Numbers()
+    parts = [None] + [
+        Part(source, fraction, seed=seed, held_out=held_out)
+        for fraction, seed, held_out in ((0.1, 0, False), (0.1, 1, False), (0.1, 0, True), (0.2, 0, False))
+    ]
+    digests = [digest_of(local(source, part=part).maker) for part in parts]
+    assert len(set(digests)) == len(parts)
+    assert digest_of(local(source, part=Part(source, 0.1, held_out=False)).maker) == digests[1]

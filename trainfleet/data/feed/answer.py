@@ -63,6 +63,6 @@ def difference_of(name: str, theirs: dict[str, Offer], ours: dict[str, Offer]) -
         if one.digest != other.digest:
             return (
                 f"Feeder {name} makes other samples for {stream} than those before it: its first, middle or last "
-                "sample differs, or its transform. Give all feeders the same data and the same code."
+                "sample differs, or its transform, or what is held out. Give all feeders the same data and code."
             )
     return None

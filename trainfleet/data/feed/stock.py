@@ -89,7 +89,7 @@ class Stock:
 
 
 def digest_of(maker: IndexedMaker) -> str:
-    """Of the number of samples, their blocks, the first, middle and last one as they are, and of transform and collate."""
+    """Of the number of samples, their blocks, the first, middle and last one as they are; of transform and collate."""
     source = maker.source
     hashed = hashlib.blake2b(digest_size=16)
     with maker.transform.kept_randomness():
@@ -102,6 +102,8 @@ def digest_of(maker: IndexedMaker) -> str:
     words = [len(source), type(source).__qualname__, _identity(maker.transform.function), _identity(maker.collate)]
     if (blocks := blocks_of(source)) is not None:
         words += [blocks.sizes, blocks.window]
+    if maker.part is not None:
+        words.append(repr(maker.part))
     hashed.update(repr(words).encode())
     return hashed.hexdigest()
 
