@@ -53,3 +53,12 @@ def test_rows_of_an_unknown_number_have_none():
     told = RowProgress("validate", stream=io.StringIO())
     told.tell(32, None)
     assert str(told).startswith("validate  32 rows, ")
+
+
+def test_what_is_logged_takes_the_place_of_the_line(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    with RowProgress("validate") as told:
+        told.tell(32, 64)
+        progress.sys.stderr.write("a warning\n")  # in one piece, as logging does
+    assert "left\r\033[Ka warning\n" in stream.getvalue() and progress.sys.stderr is stream

@@ -102,3 +102,20 @@ def test_answers_too_few_or_of_other_rows_are_noticed():
         run(OnePass(stream(size=20), in_order=True), Echo(ahead=True, lost=2))
     with pytest.raises(PeerError, match="for 21 rows, and its batch has 20"):
         run(OnePass(stream(size=20), in_order=True), Echo(more=1))
+
+
+def test_batches_of_any_kind_have_a_first_row():
+    torch = pytest.importorskip("torch")
+
+    class Odd:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {"x": torch.full((2,), index + 1, dtype=torch.bfloat16), "name": f"n{index}", "n": np.int8(index)}
+
+    def named(samples):
+        return {"x": torch.stack([s["x"] for s in samples]), "name": np.array([s["name"] for s in samples], object)}
+
+    assert len({OnePass(LocalBatches(Odd(), size=2, shuffle=False, collate=c), in_order=True).first_digest()
+                for c in (None, named)}) == 2  # fmt: skip

@@ -72,3 +72,9 @@ def test_whatever_is_told_is_understood_or_refused(told, key):
     for value in (told, {**PART.__dict__, key: told}):
         with contextlib.suppress(ValueError, TypeError):
             assert isinstance(Part.from_json(json.dumps(value).encode()), Part)
+
+
+def test_a_place_that_json_does_not_have_is_refused_in_words(tmp_path):
+    with pytest.raises(DataError, match="place in the data cannot be written"):
+        write_part(FileStore(tmp_path), 0, Part(**{**PART.__dict__, "state": {"at": {1, 2}}}), COLUMNS)
+    assert not list(tmp_path.glob("part-*"))

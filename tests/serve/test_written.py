@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from serving_numpy import Scorer, numpy_stream
 pytest.importorskip("pyarrow", reason="predictions are written by pyarrow")
 from pyarrow import dataset
 
-from trainfleet.errors import ConfigError, DataError, StoreError
+from trainfleet.errors import ConfigError, DataError, DependencyError, StoreError
 from trainfleet.serve import written
 from trainfleet.serve.about import ABOUT
 from trainfleet.serve.columns import Columns
@@ -297,3 +298,11 @@ def test_parts_are_bounded_by_bytes_and_by_time_too(tmp_path, monkeypatch):
     assert len(list(run(tmp_path / "one").folder.glob("part-*"))) == 1
     monkeypatch.setattr(written, "PART_SECONDS", -1.0)
     assert len(list(run(tmp_path / "time").folder.glob("part-*"))) == 13
+
+
+def test_without_pyarrow_it_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    model = Scorer()
+    with pytest.raises(DependencyError, match="Writing predictions to Parquet"):
+        run(tmp_path, model=model)
+    assert model.answered == 0

@@ -60,6 +60,18 @@ class RowProgress(Progress):
         super().__init__(what, stream=stream)
         self._first: tuple[int, float] | None = None
 
+    def __enter__(self: P) -> P:
+        if self._shows:
+            from trainfleet.cli.standing import Above
+
+            sys.stderr = Above(self._stream)  # what is logged takes the place of the line, which comes back below
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        if self._shows:
+            sys.stderr = self._stream
+        super().__exit__(*given)
+
     def tell(self, done: int, total: int | None) -> None:
         """As `validate` and `predict` tell their `progress`. Rows before the first call were there already."""
         self._total = total

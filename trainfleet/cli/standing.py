@@ -115,7 +115,7 @@ class LiveLine:
 
     def __enter__(self) -> LiveLine:
         if self.is_shown:
-            sys.stderr = _Above(self._terminal)
+            sys.stderr = Above(self._terminal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,7 +124,7 @@ class LiveLine:
             self._write("")
 
 
-class _Above(io.TextIOBase):
+class Above(io.TextIOBase):
     """Stands in for stderr: what is logged takes the place of the live line, which comes back below."""
 
     def __init__(self, terminal: TextIO) -> None:

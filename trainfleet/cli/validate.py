@@ -36,6 +36,7 @@ def validate(
     from trainfleet import log
     from trainfleet.cli.progress import RowProgress
     from trainfleet.config import load_config
+    from trainfleet.deps import installed, require
     from trainfleet.serve import validate as validated
     from trainfleet.store.file import write_file
     from trainfleet.training.inference import batches_of, class_names
@@ -48,6 +49,8 @@ def validate(
         feeders=feeders or [], listen=listen, folder=folder, certs=certs, classes=classes or [],
         weights=weights, device=device,
     )  # fmt: skip
+    if picture is not None and installed("matplotlib") is None:  # importing it waits for the picture
+        require("matplotlib", "monitor", purpose="The picture of the confusion matrix")
     with (
         batches_of(settings, stream) as batches,
         asked.opened(settings, recipe) as model,

@@ -41,7 +41,14 @@ class Part:
     """Of the stream, behind its last batch."""
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__)
+        """DataError where the state of the stream is nothing that JSON has."""
+        try:
+            return json.dumps(self.__dict__)
+        except TypeError as error:
+            raise DataError(
+                f"The place in the data cannot be written beside the predictions: {error}.",
+                hint="Let the source's state_dict hold numbers, strings, lists and dicts with keys that are strings.",
+            ) from error
 
     @classmethod
     def from_json(cls, text: bytes) -> Part:
@@ -166,6 +173,11 @@ def _unusable(path: Path, why: str) -> DataError:
         f"The part {path} cannot be used: {said}.",
         hint="Remove it and the parts after it, and the same command makes them again; or begin anew with --fresh.",
     )
+
+
+def refuse_without_pyarrow() -> None:
+    """DependencyError at once, not when the first part is full."""
+    _pyarrow()
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from trainfleet.serve.answer import check_names
 from trainfleet.serve.columns import Columns
 from trainfleet.serve.memory import readable
 from trainfleet.serve.one_pass import OnePass, Told
-from trainfleet.serve.parquet import Part, part_files, read_columns, read_parts, write_part
+from trainfleet.serve.parquet import Part, part_files, read_columns, read_parts, refuse_without_pyarrow, write_part
 from trainfleet.serve.terms import Answering, Terms
 from trainfleet.store.file import FileStore
 
@@ -99,6 +99,7 @@ def write_predictions(
     told: Told | None,
 ) -> WrittenPredictions:
     """As `predict` with `to`. What is there is verified first; then the stream is set behind it."""
+    refuse_without_pyarrow()
     wanted = About(weights=model.digest, terms=terms, first=walk.first_digest(), samples=walk.total, names=names)
     with _held(folder) as store:
         if fresh:
