@@ -180,3 +180,40 @@ def test_the_digest_is_of_names_and_bytes():
     reshaped = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 16))
     assert len({digest_of(model) for model in (linear(), changed, linear(6), reshaped, linear().bfloat16())}) == 5
     assert len(digest_of(linear())) == 32
+
+
+class PreTrainedModel(nn.Module):
+    """Stands for that of transformers, which takes seconds to import."""
+
+
+class TinyForCausalLM(PreTrainedModel):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 9)
+
+    def forward(self, input_ids, labels):
+        logits = self.table(input_ids)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"logits": logits, "loss": loss}
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers", reason="the model is of transformers")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, **sizes))
+
+
+@pytest.mark.parametrize("build", [TinyForCausalLM, pytest.param(gpt2, marks=pytest.mark.matrix)])
+def test_causal_language_models_are_counted_as_they_count_their_loss(build):
+    torch.manual_seed(0)
+    model = build()
+    tokens = torch.randint(0, 9, (4, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "labels": tokens}
+    predictor = Predictor(model, loss_fn=lambda output, batch: output["loss"])
+    answer = checked_answer(predictor.answer(batch, VALIDATE), VALIDATE)
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    assert answer["loss"].tolist() == [float(output["loss"]), 1.0]
+    told, truth = output["logits"][:, :-1].argmax(-1), tokens[:, 1:]
+    right = answer["counts"][answer["pairs"] // 9 == answer["pairs"] % 9].sum()
+    assert int(answer["counts"].sum()) == 24 and right == int((told == truth).sum())

@@ -34,6 +34,13 @@ def labels_of(batch: Batch) -> Any:
     return None
 
 
+def is_shifted(model: Any, inputs: Batch) -> bool:
+    """Whether the model shifts its labels itself, as causal language models of transformers do with `labels`."""
+    of_transformers = any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
+    is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return of_transformers and is_causal and isinstance(inputs, Mapping) and "labels" in inputs
+
+
 def weighted_rows(batch: Batch) -> tuple[Batch, Any]:
     """(the batch as a model takes it, the weight [N] of each row or None).
 

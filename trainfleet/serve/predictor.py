@@ -11,7 +11,15 @@ import numpy as np
 from trainfleet.batch import Batch, batch_size, call_with_batch, map_arrays, to_device
 from trainfleet.errors import ConfigError, DataError
 from trainfleet.loss import LossSum
-from trainfleet.serve.outputs import LEFT_OUT, Reading, in_float32, labels_of, read_output, weighted_rows
+from trainfleet.serve.outputs import (
+    LEFT_OUT,
+    Reading,
+    in_float32,
+    is_shifted,
+    labels_of,
+    read_output,
+    weighted_rows,
+)
 from trainfleet.serve.terms import Answer, Terms
 
 if TYPE_CHECKING:
@@ -31,7 +39,8 @@ class Predictor:
               logit a row: sigmoid
 
     Scores are taken in float32 whatever the model computes in. Nothing random, nothing remembered: an answer depends
-    on weights, batch and terms. Rows of weight 0 and labels of -100 count nowhere.
+    on weights, batch and terms. Rows of weight 0 and labels of -100 count nowhere. Causal language models of
+    transformers are counted as they count their loss: the scores of a position are for the label of the next.
     """
 
     def __init__(
@@ -85,6 +94,8 @@ class Predictor:
             labels = labels_of(batch)
             if self.classes == 2 and labels is not None and labels.is_floating_point():
                 labels = labels.long()  # a loss over single logits wants floats
+            if is_shifted(self.model, inputs):
+                labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=LEFT_OUT)
             reading = read_output(output, labels, rows, self.classes)
             counts = torch.ones(rows, dtype=torch.bool, device=reading.scores.device) if weight is None else weight > 0
             if terms.task == "predict":
