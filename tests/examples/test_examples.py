@@ -41,6 +41,22 @@ def torchrun(name: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLES / name)]
 
 
+def fed(name: str, folder: Path) -> str:
+    """What the side that trains said, while the other side made its batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
+    feeder = subprocess.Popen([*python(f"{name}_cpu.py"), place], cwd=folder, env=environment)
+    try:
+        said = run([*python(f"{name}_gpu.py"), place], folder)
+        feeder.send_signal(signal.SIGINT)
+        assert feeder.wait(30) == 0
+    finally:
+        feeder.kill()
+    return said
+
+
 def test_quick_start_finishes(tmp_path: Path) -> None:
     assert "reason='finished'" in run(python("quick_start.py"), tmp_path)
 
@@ -95,18 +111,17 @@ def test_sharded_weights_are_exported_for_the_plain_module(tmp_path: Path) -> No
     assert right is not None and int(right[1]) > 80
 
 
+def test_images_that_are_decoded_on_one_host_train_on_another(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="images are decoded by Pillow, of the extra `data`")
+    said = fed("images", tmp_path)
+    held_out = re.search(r"evaluation=([\d.]+)", said)
+    assert held_out is not None and float(held_out[1]) < 0.4
+    assert len(re.findall("^eval ", said, re.MULTILINE)) >= 4, "after each of the epochs of 44 steps"
+    assert re.search(r"\| +time +\d+% \w+", said) and re.search(r"\| +limit +\w+", said)
+
+
 def test_batches_of_one_host_train_on_another(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
-    feeder = subprocess.Popen([*python("feed_cpu.py"), place], cwd=tmp_path, env=environment)
-    try:
-        said = run([*python("feed_gpu.py"), place], tmp_path)
-        feeder.send_signal(signal.SIGINT)
-        assert feeder.wait(30) == 0
-    finally:
-        feeder.kill()
+    said = fed("feed", tmp_path)
     held_out = re.search(r"evaluation=([\d.]+)", said)
     assert "reason='finished'" in said and held_out is not None and float(held_out[1]) < 0.6
 
