@@ -157,7 +157,8 @@ class ShakyFile:
         with self.path.open("rb") as file:
             file.seek(self.at)
             data = file.read(count)
-        if (flip := mood.get("flips")) is not None and self.at <= flip < self.at + len(data):
+        again = fetched(self.path.parent).get(self.path.name, 0) >= mood.get("flips_first", 1 << 60)
+        if not again and (flip := mood.get("flips")) is not None and self.at <= flip < self.at + len(data):
             data = bytearray(data)
             data[flip - self.at] ^= 4
             data = bytes(data)

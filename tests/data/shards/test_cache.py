@@ -136,7 +136,8 @@ def test_one_fetches_and_the_others_wait_for_it(tmp_path):
     cache.still_there = lambda: told.append(1)
     other = FORK.Process(target=read, args=(cache, "a"), kwargs={"pieces": 10, "seconds": 0.03, "count": count})
     other.start()
-    while not (tmp_path / "c" / f"a{PART}").exists():
+    part = tmp_path / "c" / f"a{PART}"
+    while not part.exists() or part.stat().st_size == 0:  # it has the lock
         time.sleep(0.005)
     assert read(cache, "a", count=count) == content("a")
     other.join(10)
@@ -167,7 +168,8 @@ def test_a_process_that_hangs_while_it_fetches_is_named_after_the_deadline(tmp_p
     victim = FORK.Process(target=read, args=(cache, "a"), kwargs={"pieces": 100, "seconds": 0.02})
     victim.start()
     try:
-        while not (tmp_path / f"a{PART}").exists():
+        part = tmp_path / f"a{PART}"
+        while not part.exists() or part.stat().st_size == 0:  # it has the lock
             time.sleep(0.005)
         os.kill(victim.pid, signal.SIGSTOP)
         with pytest.raises(DataError, match=r"another process, without a byte in 0.4 s"):
@@ -215,3 +217,29 @@ def test_it_can_be_sent_to_another_process(tmp_path):
     cache = ShardCache(tmp_path, 5000)
     cache.still_there = lambda: None
     assert read(pickle.loads(pickle.dumps(cache)), "a") == content("a")
+
+
+def test_two_that_hold_room_and_want_more_do_not_wait_for_each_other(tmp_path):
+    half, found, errors = threading.Barrier(2), {}, []
+
+    def grow(name):
+        waits = [True]
+
+        def fetch(part):
+            part.write(content(name, 400))
+            if waits and waits.pop():
+                half.wait(5)
+            part.write(b"-" * 300)
+
+        try:
+            with os.fdopen(ShardCache(tmp_path, 1000, timeout=3).open(name, fetch), "rb") as file:
+                found[name] = file.read()
+        except DataError as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=grow, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors and found == {name: content(name, 400) + b"-" * 300 for name in "ab"}

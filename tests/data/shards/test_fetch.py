@@ -79,6 +79,15 @@ def test_wrong_bytes_are_fetched_anew_then_named(tmp_path):
     assert fetched(tmp_path)["shard"] == 3 * len(DATA)
 
 
+@pytest.mark.parametrize("compression", [None, "gz"])
+def test_bytes_that_were_wrong_once_leave_no_trace(tmp_path, compression):
+    data = PACKERS[compression](DATA) if compression else DATA
+    mood(tmp_path, flips=len(data) // 2, flips_first=len(data))
+    assert (
+        fetch(tmp_path, remote(tmp_path, data, compression=compression, hashes={"sha1": digest("sha1", data)})) == DATA
+    )
+
+
 @pytest.mark.parametrize("compression", ["gz", "bz2", "zstd"])
 def test_packed_data_that_end_early_or_are_none_are_damaged(tmp_path, compression):
     packed = PACKERS[compression](DATA)
