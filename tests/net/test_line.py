@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import time
 
 import pytest
 from left_behind import nothing_left_behind
@@ -84,6 +85,15 @@ def test_it_connects_again_unless_the_peer_is_not_admitted(heard):
         assert heard.next()[0] == "joined" and heard.next() == ("given up", "other weights")
         heard.line.join(5)
         assert not heard.line.is_alive
+
+
+def test_a_peer_that_never_joins_is_tried_ever_more_seldom(heard):
+    heard.refuse = PeerError("what cannot be")
+    begun = time.monotonic()
+    for _ in range(6):
+        with heard.peer():
+            assert heard.next()[0] == "joined" and heard.next()[0] == "left"
+    assert time.monotonic() - begun > 0.7, "at least half of 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s"
 
 
 def test_once_is_once():

@@ -14,6 +14,7 @@ from serve.made import PREDICT, VALIDATE, Weighted, all_same, batches, local, sa
 from trainfleet.errors import ConfigError, DataError, NotAdmitted, OutOfMemory, PeerError
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.listener import Listener
+from trainfleet.net.relay import Relay
 from trainfleet.serve.remote import RemoteModel
 from trainfleet.serve.service import ModelService
 from trainfleet.serve.terms import Answering
@@ -187,6 +188,15 @@ def test_a_client_may_listen_and_be_called(serve):
     for _ in range(2):
         with RemoteModel(listen=place) as model:
             assert all_same(model.answers(batches(), VALIDATE), local())
+
+
+def test_both_may_meet_at_a_relay(serve):
+    pytest.importorskip("cryptography", reason="identities need the extra `net`")
+    with Relay(FREE, credentials=Credentials.make()) as relay:
+        service = serve(address=None, via=relay.token(), credentials=Credentials.make())
+        with RemoteModel(str(service.token())) as model:
+            assert all_same(model.answers(batches(), VALIDATE), local())
+        service.close()
 
 
 def test_no_service_at_all_is_said_at_the_deadline(serve):

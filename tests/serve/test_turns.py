@@ -31,7 +31,7 @@ class Gate:
     def __call__(self, batch, terms):
         assert self.open.wait(10)
         self.order.append(batch)
-        if isinstance(batch, Exception):
+        if isinstance(batch, BaseException):
             raise batch
         return {"batch": batch}
 
@@ -101,11 +101,12 @@ def test_what_was_forgotten_is_not_computed(turns, gate):
 def test_a_failure_is_told_and_the_next_is_computed(turns, gate):
     gate.open.set()
     owner = Owner("one")
-    submit(turns, owner, ValueError("mat1 and mat2 shapes cannot be multiplied"), "fine")
+    submit(turns, owner, ValueError("mat1 and mat2 shapes cannot be multiplied"), SystemExit("bye"), "fine")
     failed = owner.next().answer
     assert isinstance(failed, DataError) and "ValueError: mat1 and mat2" in str(failed) and failed.__traceback__ is None
+    assert "SystemExit: bye" in str(owner.next().answer)
     assert owner.next().answer == {"batch": "fine"}
-    assert (turns.num_failed, turns.progress) == (1, 2) and turns.busy_seconds > 0
+    assert (turns.num_failed, turns.progress) == (2, 3) and turns.busy_seconds > 0
 
 
 def test_what_a_model_raises_becomes_a_sentence():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from trainfleet.errors import NotAdmitted, PeerError
 from trainfleet.net.channel import Channel, Message
+from trainfleet.net.retry import pauses
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Line:
         self._thread.join(seconds)
 
     def _run(self) -> None:
+        again = pauses()
         while not self._closing.is_set():
             try:
                 sock = self._connect(_FOR_EVER, self._closing)
@@ -112,23 +114,26 @@ class Line:
                 self._attending.given_up(exc)
                 return
             try:
-                self._attend(sock)
+                was_there = self._attend(sock)
             except Exception as exc:  # the same would come again
                 self._attending.given_up(exc)
                 return
             if not self._again:
                 return
-            self._closing.wait(0.1)
+            if was_there:
+                again = pauses()
+            self._closing.wait(next(again))
 
-    def _attend(self, sock: socket.socket) -> None:
-        """Until the connection ends, however it does."""
-        stop = threading.Event()
+    def _attend(self, sock: socket.socket) -> bool:
+        """Until the connection ends, however it does; whether the peer had joined."""
+        stop, was_there = threading.Event(), False
         try:
             with self._open_channel(sock) as channel:
                 self._channel = channel
                 if self._closing.is_set():  # who closes us closes the channel that it sees
-                    return
+                    return False
                 self._attending.joined(channel.recv(SILENCE_SECONDS))
+                was_there = True
                 threading.Thread(target=self._say_alive, args=(stop,), name="trainfleet-alive", daemon=True).start()
                 while True:
                     before = channel.counters.bytes_received
@@ -143,6 +148,7 @@ class Line:
         finally:
             stop.set()
             self._channel = None
+        return was_there
 
     def _say_alive(self, stop: threading.Event) -> None:
         while not stop.wait(ALIVE_SECONDS):

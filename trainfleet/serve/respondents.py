@@ -143,10 +143,13 @@ class Respondents:
 
     def left(self, respondent: Respondent, reason: PeerError) -> None:
         with self._changed:
+            here = self._leases.peers
             back = self._leases.leave(respondent)
+            was_here = self._leases.peers < here
             self.repeated += back
         self._peers.left(respondent.name, reason)
-        logger.warning("GPU service %s is gone: %s %d batches are asked again.", respondent.name, reason, back)
+        if was_here:  # else the reason is said when somebody has waited for a while
+            logger.warning("GPU service %s is gone: %s %d batches are asked again.", respondent.name, reason, back)
         self._hand_out()
 
     def answered(self, respondent: Respondent, message: Message, num_bytes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from trainfleet.batch import Batch, arrays
@@ -101,10 +102,18 @@ class Session:
         except TimeoutError:
             raise PeerError(f"{self._channel.address} said nothing for {SILENCE_SECONDS:g} s.") from None
         except DataError as exc:  # of which batch cannot be known
-            self._channel.send("refused", _told(exc))
+            self._refuse(exc)
             raise PeerError(f"{self._channel.address} sent what this service may not build: {exc}") from exc
         self.num_bytes += self._channel.counters.bytes_received - before
         return message
+
+    def _refuse(self, exc: DataError) -> None:
+        """Say it, and read until the client has hung up: an end with words unread would take ours away with it."""
+        self._channel.send("refused", _told(exc))
+        with suppress(PeerError, TimeoutError):
+            while True:
+                with suppress(DataError):
+                    self._channel.recv(SILENCE_SECONDS)
 
     def _heard(self, message: Message) -> bool:
         if message.kind == "ask":

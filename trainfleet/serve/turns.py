@@ -100,7 +100,7 @@ class Turns:
             with self._changed:
                 idle = owner not in self._waiting
             question.done(Finished(answer, idle))
-            del question, answer  # not to be kept while there is nothing to do
+            del owner, question, answer  # not to be kept while there is nothing to do
 
     def _next(self) -> Owner | None:
         return next((owner for owner in self._waiting if owner.has_room), None)
@@ -116,7 +116,7 @@ class Turns:
         begun = time.perf_counter()
         try:
             return self._compute(question.batch, question.terms)
-        except Exception as exc:
+        except BaseException as exc:  # whatever a model does, the next batch has its turn
             self.num_failed += 1
             return told_of(exc)
         finally:
@@ -124,7 +124,7 @@ class Turns:
             self.progress += 1
 
 
-def told_of(exc: Exception) -> TrainfleetError:
+def told_of(exc: BaseException) -> TrainfleetError:
     """As a sentence for who asked; without the traceback, whose frames hold tensors."""
     torch = imported("torch")
     if isinstance(exc, MemoryError) or (torch is not None and isinstance(exc, torch.cuda.OutOfMemoryError)):
