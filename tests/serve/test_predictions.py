@@ -8,8 +8,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="models are torch's")
 from serving import Points, linear, stream  # noqa: E402
 
+from trainfleet.data.split import Part  # noqa: E402
 from trainfleet.errors import ConfigError  # noqa: E402
 from trainfleet.serve import predictions  # noqa: E402
+from trainfleet.serve.one_pass import OnePass  # noqa: E402
 from trainfleet.serve.predictions import Predictions, predict  # noqa: E402
 from trainfleet.serve.predictor import Predictor  # noqa: E402
 
@@ -86,3 +88,13 @@ def test_names_of_other_classes_are_refused_at_the_first_batch():
 def test_no_batches_are_no_predictions():
     found = predict(linear(), [])
     assert isinstance(found, Predictions) and len(found) == 0 and found.classes is None and "0 of 0" in str(found)
+
+
+def test_indices_of_a_part_are_those_of_the_whole():
+    whole = predict(linear(), stream())
+    parts = [Part(Points(), 0.2, held_out=held_out) for held_out in (True, False)]
+    found = [predict(linear(), stream(part=part)) for part in parts]
+    assert len(found[0]) == 21 and sorted([*found[0].indices, *found[1].indices]) == list(range(103))
+    for one in found:
+        assert (one.classes == whole.classes[one.indices]).all()
+    assert len({OnePass(stream(part=part), in_order=True).first_digest() for part in (*parts, None)}) == 3

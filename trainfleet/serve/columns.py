@@ -30,9 +30,9 @@ class Columns:
         """Of the rows so far."""
         return sum(array[: self.rows].nbytes for array in self._arrays.values())
 
-    def add(self, position: int, answer: Answer) -> None:
-        """The rows of a batch that begins at `position` of the data."""
-        found = {"indices": answer["kept"].astype(np.int64) + position}
+    def add(self, indices: NDArray[np.int64], answer: Answer) -> None:
+        """The rows of a batch, with the sample that each is of."""
+        found: dict[str, NDArray[Any]] = {"indices": indices}
         found |= {name: answer[name] for name in COLUMNS if name in answer}
         if not self._arrays:
             self._arrays = {

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from trainfleet.batch import Batch, BatchStream, arrays, batch_size
 from trainfleet.errors import ConfigError, DataError, PeerError
@@ -38,6 +39,7 @@ class OnePass:
         """Rows of the pass, where that is known."""
         self.position = 0
         """Rows answered for."""
+        self._part: Any = getattr(getattr(batches, "maker", None), "part", None)
         if in_order and (getattr(batches, "shuffle", False) or getattr(batches, "world_size", 1) > 1):
             raise ConfigError(
                 "The batches are shuffled or a part of the data, so a prediction could not say which sample it is of.",
@@ -49,6 +51,14 @@ class OnePass:
                 "The last %d samples fill no batch and are left out; short='keep' takes them.", samples - self.total
             )
 
+    def indices(self, kept: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Which samples of the dataset those rows of the batch at `position` are; of a part, in the whole."""
+        places = kept.astype(np.int64) + self.position
+        if self._part is None:
+            return places
+        found: NDArray[np.int64] = self._part.in_source(places)
+        return found
+
     def first_digest(self) -> str:
         """XXH3-128 of the first row of the first batch; the stream stands at its begin afterwards."""
         stream = self.stream
@@ -59,7 +69,7 @@ class OnePass:
         stream.load_state_dict(begin)
         if batch is None:
             raise DataError("There are no batches: the stream has come to its end, or is empty.")
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(b"" if self._part is None else repr(self._part).encode())
         for array in arrays(batch):
             row = array[:1] if len(array.shape) else array
             digest.update(f"{row.dtype}{tuple(row.shape)}".encode())

@@ -145,7 +145,7 @@ def _in_memory(
             if walk.total is not None:
                 estimate = walk.total * row_bytes(answer)
                 _refuse_too_large(estimate, terms)
-        columns.add(walk.position, answer)
+        columns.add(walk.indices(answer["kept"]), answer)
     arrays: dict[str, Any] = columns.take()
     arrays.setdefault("indices", np.empty(0, np.int64))
     found = Predictions(**arrays, names=names, rows=walk.position, estimated_bytes=estimate)

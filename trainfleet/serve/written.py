@@ -153,7 +153,7 @@ class _Writing:
         try:
             for answer, state in walk.answers(model, terms, told):
                 check_names(names, answer)
-                self._columns.add(walk.position, answer)
+                self._columns.add(walk.indices(answer["kept"]), answer)
                 self._whole = (self._columns.rows, walk.position + int(answer["rows"]), state)
                 late = time.monotonic() - self._since > PART_SECONDS
                 if self._columns.rows >= PART_ROWS or self._columns.num_bytes >= PART_BYTES or late:
