@@ -79,6 +79,8 @@ def test_rows_of_weight_0_and_labels_left_out_count_nowhere():
     predictor = Predictor(linear())
     kept = checked_answer(predictor.answer(batch, PREDICT), PREDICT)["kept"]
     assert kept.tolist() == [row for row in range(40) if row not in (3, 17)]
+    sure = predictor.answer(batch, Terms(task="predict", confidence=0.01))["kept"]
+    assert sure.tolist() == kept.tolist()
     answer = checked_answer(predictor.answer(batch, VALIDATE), VALIDATE)
     assert int(answer["counts"].sum()) == 37 and int(answer["rows"]) == 40
 
@@ -180,6 +182,25 @@ def test_the_digest_is_of_names_and_bytes():
     reshaped = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 16))
     assert len({digest_of(model) for model in (linear(), changed, linear(6), reshaped, linear().bfloat16())}) == 5
     assert len(digest_of(linear())) == 32
+
+
+def test_the_digest_tells_shapes_and_dtypes_apart_and_no_order_of_making():
+    def model(**arrays):
+        made = nn.Module()
+        for name, array in arrays.items():
+            made.register_buffer(name, array)
+        return made
+
+    zeros = [
+        torch.zeros(6),
+        torch.zeros(2, 3),
+        torch.zeros(3, 2),
+        torch.zeros(6, dtype=torch.int32),
+        torch.zeros(3, 2, 1),
+    ]
+    assert len({digest_of(model(a=array)) for array in zeros}) == 5
+    assert digest_of(model(a=zeros[0], b=zeros[1])) == digest_of(model(b=zeros[1], a=zeros[0]))
+    assert digest_of(model(a=torch.ones(2, 3).T)) == digest_of(model(a=torch.ones(3, 2)))
 
 
 class PreTrainedModel(nn.Module):
