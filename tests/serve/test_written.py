@@ -282,6 +282,28 @@ def test_a_full_disk_is_a_sentence_and_what_is_there_stands(tmp_path, monkeypatc
     assert_whole(tmp_path)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_ends_it_in_a_commit_doubles_and_empties_nothing(tmp_path, monkeypatch, moment):
+    original, ended = Path.replace, []
+
+    def interrupted(self, target):
+        is_third = Path(target).name == "part-000002.parquet" and not ended
+        if is_third:
+            ended.append(target)
+            if moment == "before":
+                raise KeyboardInterrupt
+        original(self, target)
+        if is_third:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert ended and len(list(tmp_path.glob("part-*"))) == (2 if moment == "before" else 3)
+    assert 0 < run(tmp_path).computed < 103
+    assert_whole(tmp_path)
+
+
 def test_a_folder_is_one_process_s_at_a_time(tmp_path, monkeypatch):
     hold, original = FileStore(tmp_path).hold(), FileStore.hold
     monkeypatch.setattr(FileStore, "hold", lambda self: original(self, timedelta(seconds=0.1)))
