@@ -54,7 +54,7 @@ def gpu_service(
         None, "--class", help="A dataclass or named tuple that batches are made of.", metavar="PACKAGE.MODULE:NAME"
     ),
 ) -> None:
-    """Answer `validate` and `predict` of other hosts with a recipe's trained model.
+    """Answer `validate` and `predict` of other hosts with a trained model.
 
     They run `trainfleet validate RECIPE --feed HOST:PORT|TOKEN`, or predict. Ends at Ctrl-C; clients wait for it to
     come back, or ask others.
