@@ -18,6 +18,7 @@ from trainfleet.data import LocalBatches  # noqa: E402
 from trainfleet.errors import CheckpointError, ConfigError  # noqa: E402
 from trainfleet.serve import predict, validate  # noqa: E402
 from trainfleet.training import job  # noqa: E402
+from trainfleet.training.feed import as_fed, service_of  # noqa: E402
 from trainfleet.training.inference import batches_of, class_names, predictor_of  # noqa: E402
 from trainfleet.training.recipe import Recipe  # noqa: E402
 
@@ -121,3 +122,28 @@ def test_a_source_tells_the_names_of_its_classes():
 
     assert class_names(LocalBatches(Named([1, 2]), size=1)) == ("a", "b")
     assert class_names(batches_of(digits())) is None
+
+
+@pytest.mark.parametrize("stream", ["evaluation", "training"])
+def test_data_that_others_feed_are_asked_in_the_same_order(stream):
+    local = digits(data__workers=1)
+    with service_of(local, address="127.0.0.1:0").open() as service:
+        fed = as_fed(local, feeders=[str(service.address)])
+        with batches_of(fed, stream) as batches:
+            found = predict(Labels(), batches)
+    with batches_of(local, stream) as batches:
+        wanted = predict(Labels(), batches)
+    assert found.rows == wanted.rows == (360 if stream == "evaluation" else 1437)
+    assert (found.values == wanted.values).all() and (found.indices == wanted.indices).all()
+
+
+class Labels:
+    """An Answering that says of each row what its label is."""
+
+    digest = "labels"
+
+    def answers(self, batches, terms):
+        for batch in batches:
+            labels = np.asarray(batch["target"])
+            kept = np.arange(len(labels), dtype=np.int32)
+            yield {"rows": np.array(len(labels)), "kept": kept, "values": labels.astype(np.float32)}
