@@ -48,6 +48,14 @@ def test_samples_stand_in_where_there_are_no_tokens(story: Any) -> None:
     assert "samples/s 80.0" in line and "tokens/s" not in line
 
 
+def test_a_fed_run_says_what_it_waits_for_where_there_is_room(story: Any) -> None:
+    waits = {"source": 0.02, "transform": 0.01, "network": 0.003}
+    progress = progress_of(story, data_seconds=0.033, waits=waits, received_bytes=2_000_000, ready=3)
+    assert "waits for data 33%" in fit_line(progress, width=100).plain
+    line = fit_line(progress, width=200).plain
+    assert "of it source 20% transform 10% network 3%" in line and "feed 10.0 steps/s 20 MB/s 3 ready" in line
+
+
 def in_terminal(program: str) -> str:
     """What a program writes to a terminal of its own."""
     main, side = pty.openpty()

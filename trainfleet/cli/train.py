@@ -112,6 +112,12 @@ def train(
         fed.refuse_among_started()
     debug = bool(context.obj)
     with fed.applied(settings, recipe) as settings:
+        if settings.data.args.get("tunnel") is not None and not (started or ranks.is_this_process):
+            raise ConfigError(
+                "A tunnel leads to one process, and its token is good while that runs; here several are to be started, "
+                "or anew after a failure.",
+                hint="Open it on the other side, by trainfleet feed RECIPE --tunnel …: its token is good for all.",
+            )
         if dry_run:
             _check_aloud(settings, environment.world_size if started else ranks.world_size)
         elif started or ranks.is_this_process:

@@ -54,7 +54,7 @@ class RemoteBatches(IndexedBatches):
     listen        where feeders connect to, if they cannot be called: rank r listens at the port plus r
     via           token of a relay, if neither side can be reached
     tunnel        a way in to us where we listen, if we cannot be called: ssh:me@host, ngrok or cloudflared
-    told          called with the token or address that feeders have to dial, where we listen
+    told          called with where we listen, with the token for feeders if there is a tunnel
     among         feeders that another stream of this process has: both share their connections
     stream        `training`, or `evaluation`: one pass in order, to be rewound
     size, seed, shuffle, short, bad    as the feeder has them, unless given
