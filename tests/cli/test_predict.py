@@ -15,7 +15,7 @@ pytest.importorskip("pyarrow", reason="predictions are written by pyarrow")
 from answered import run, write_trained  # noqa: E402
 from feeding import read_job  # noqa: E402
 
-from trainfleet.serve import load_predictions, predict  # noqa: E402
+from trainfleet.serve import load_predictions, predict, written  # noqa: E402
 from trainfleet.serve.service import ModelService  # noqa: E402
 from trainfleet.training.inference import batches_of, predictor_of  # noqa: E402
 
@@ -57,6 +57,26 @@ def test_the_model_may_stand_elsewhere(trained, tmp_path):
     with ModelService(predictor, address="127.0.0.1:0").open() as service:
         assert run("predict", trained[0], "--feed", str(service.address), "--to", tmp_path / "p") == 0
     assert_same(tmp_path / "p", expected(trained))
+
+
+def test_what_was_asked_of_a_service_goes_on_here_and_the_reverse(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "PART_ROWS", 4)
+    recipe = read_job(trained[0], "batch.global_batch=2")
+    predictor = predictor_of(recipe, str(trained[1]), "cpu")
+
+    def stop(done, total):
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with ModelService(predictor, address="127.0.0.1:0").open() as service:
+        place = str(service.address)
+        for first, then in ((place, predictor), (predictor, place)):
+            folder = tmp_path / str(first is place)
+            with pytest.raises(KeyboardInterrupt):
+                predict(first, batches_of(recipe), to=folder, progress=stop)
+            assert load_predictions(folder).rows == 8  # the service had more of them
+            assert predict(then, batches_of(recipe), to=folder).computed == 13
+            assert_same(folder, predict(predictor, batches_of(recipe)))
 
 
 # As the command, but slow, and with parts of 4 rows.
