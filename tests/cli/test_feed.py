@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,35 @@ def test_a_tunnel_brings_trainers_where_nobody_can_dial(path: Path, tmp_path: Pa
         assert feeder.stop() == 0
 
 
+@pytest.mark.matrix
+def test_a_trainer_that_nobody_can_call_prints_the_line_that_feeds_it(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("cryptography", reason="what goes through a tunnel needs TLS, and so the extra `net`")
+    command = [sys.executable, "-m", "trainfleet.cli.main", "train", str(path), "--tunnel", "ssh:me@127.0.0.1"]
+    with ssh_in_path(tmp_path) as environment:
+        training = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=path.parent
+        )
+        said = ""
+        try:
+            assert training.stdout is not None
+            while not (found := re.search(rf"^  trainfleet feed {path} --dial (tf1_\S+)$", said, re.MULTILINE)):
+                line = training.stdout.readline()
+                assert line, said
+                said += line
+            with FeederProcess(path, "--dial", found[1]) as feeder:
+                rest, _ = training.communicate(timeout=100)
+                assert feeder.stop() == 0
+        finally:
+            training.kill()
+    assert training.returncode == 0, said + rest
+    assert "is done: " in feeder.said and feeder.said.count("is here") == 1, "both streams come over one connection"
+    written = "".join(
+        entry.read_text() for entry in (tmp_path / "run").glob("*.*") if entry.suffix in (".yaml", ".jsonl")
+    )
+    assert '"waits"' in written and "tunnel: ssh:me@127.0.0.1" in written and found[1] not in written
+
+
 def test_a_trainer_that_listens_is_called(path: Path) -> None:
     with Listener("127.0.0.1:0", role="trainer") as free:
         port = free.address.port
@@ -120,6 +150,9 @@ def test_what_is_in_the_way_is_a_sentence(path: Path, capsys: pytest.CaptureFixt
     assert "--tunnel leads here by a token" in capsys.readouterr().err
     assert run("train", str(path), "--tunnel", "ngrok", "--feed", "a:1") == 2
     assert "Give one of the two" in capsys.readouterr().err
+    for more in (["--nproc", "2"], ["--max-restarts", "1"]):
+        assert run("train", str(path), "--tunnel", "ngrok", *more) == 2
+        assert "A tunnel leads to one process" in capsys.readouterr().err
 
 
 def test_training_without_a_feeder_ends_with_its_code(path: Path) -> None:
