@@ -87,6 +87,21 @@ def test_it_is_read_no_further_ahead_than_the_window_allows(serve):
         answers.close()
 
 
+def test_an_answer_does_not_wait_for_batches_that_are_slow_to_come(serve):
+    taken = []
+
+    def slow():
+        for batch in batches(20):
+            time.sleep(0.03)
+            taken.append(1)
+            yield batch
+
+    with remote(serve()) as model:
+        answers = model.answers(slow(), VALIDATE)
+        for number, expected in enumerate(local(20)):
+            assert same(next(answers), expected) and len(taken) <= number + 4
+
+
 def test_what_a_batch_met_is_told_in_its_turn_with_its_rows_and_the_service_lives_on(serve):
     service = serve()
     good = list(batches(6))

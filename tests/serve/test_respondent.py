@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -144,6 +145,23 @@ def test_after_a_loss_it_begins_anew(heard):
     again.send("answer", {"task": 0}, {})
     with pytest.raises(TimeoutError):
         again.recv(0.1)
+
+
+def test_what_one_that_is_gone_had_is_not_kept_for_it():
+    heard, batch = Heard(again=False), np.zeros(4)
+    heard.next()
+    kept = weakref.ref(batch)
+    heard.ask(0, 10, batch)
+    del batch
+    end = heard.service()
+    asked(end)
+    end.close()
+    assert heard.next()[0] == "left"
+    deadline = time.monotonic() + 5
+    while kept() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    heard.end()
 
 
 def test_a_batch_that_cannot_travel_is_told_and_takes_no_room(heard):

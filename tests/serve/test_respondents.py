@@ -107,6 +107,18 @@ def test_an_answer_that_is_none_is_the_services_fault(pool, body):
     assert not pool.has(0)
 
 
+def test_a_late_batch_that_is_waited_for_is_asked_of_another_too(pool, monkeypatch):
+    monkeypatch.setattr("trainfleet.net.lease.LATE_SECONDS", 0.01)
+    slow, quick = Known("slow"), Known("quick")
+    pool.joined(slow, OFFER)
+    submit(pool, 0)
+    pool.joined(quick, OFFER)
+    quick.ask = lambda task, question: pool.answered(quick, answer(task, {"by": "quick"}), 10)
+    assert pool.receive(0) == {"by": "quick"} and slow.asked == [0] and pool.repeated == 1
+    pool.answered(slow, answer(0, {"by": "slow"}), 10)
+    assert not pool.has(0) and pool.held_bytes == 0, "the first answer counts"
+
+
 def test_the_wait_ends_at_the_deadline_with_the_reason(pool):
     submit(pool, 0)
     pool.left(Known("one"), PeerError("it was unplugged"))

@@ -192,6 +192,19 @@ def test_a_client_that_breaks_off_while_there_is_no_room_is_let_go():
     asked.close()
 
 
+def test_what_a_client_that_has_gone_asked_is_not_computed():
+    model = Weighted(seconds=0.1)
+    asked = Asked(model)
+    for task, batch in enumerate(batches(30)):
+        asked.ask(task, batch)
+    while model.asked < 2:
+        time.sleep(0.01)
+    asked.client.close()
+    asked.end()
+    assert asked.turns.waiting == 0 and model.asked < 10
+    asked.close()
+
+
 def test_a_client_that_says_nothing_is_let_go_and_one_that_waits_hears_a_sign(monkeypatch):
     monkeypatch.setattr(session_module, "SILENCE_SECONDS", 0.4)
     monkeypatch.setattr(session_module, "ALIVE_SECONDS", 0.1)
@@ -216,7 +229,7 @@ JSON = st.recursive(
 WORDS = st.sampled_from(["ask", "forget", "alive", "bye", "offer", "", "answer"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     WORDS,
     st.fixed_dictionaries({}, optional={"task": JSON, "terms": JSON, "more": JSON}),
