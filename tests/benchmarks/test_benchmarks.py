@@ -267,3 +267,11 @@ def test_predictions_take_what_was_estimated_and_streamed_ones_no_more_with_the_
     rows = {row[0]: row for row in table["rows"]}
     kept, peak = (float(rows["the same, streamed to Parquet"][column]) for column in (5, 6))
     assert kept < 20 and peak < 200
+
+
+@pytest.mark.matrix
+def test_an_epoch_in_windows_fetches_shards_once_and_one_order_over_all_again_and_again(tmp_path: Path) -> None:
+    (table,) = tables("shards", tmp_path)
+    windows, over_all = table["rows"][:2]
+    assert float(windows[2]) < 1.5 < 10 < float(over_all[2])
+    assert {row[4] for row in table["rows"]} == {"yes"}

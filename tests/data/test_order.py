@@ -136,7 +136,7 @@ def test_windows_as_large_as_the_whole_are_the_order_without_blocks():
 
 def test_within_a_window_every_sample_comes_anywhere_and_windows_hold_any_blocks():
     """The place of a sample within its window, and the window of a block, over many epochs: even (chi-square)."""
-    blocks, epochs = Blocks((8,) * 6, 2), 3000
+    blocks, epochs = Blocks((8,) * 6, 2), 1000
     places, windows = np.zeros(16), np.zeros(3)
     for epoch in range(epochs):
         place = indices_at(np.arange(48), num_samples=48, seed=1, epoch=epoch, blocks=blocks).tolist().index(5)

@@ -81,3 +81,13 @@ def test_it_ends_when_closed_and_starts_nothing_before_it_is_asked(cache):
     until(lambda: cache.holds("a"))
     ahead.close()
     until(lambda: threading.active_count() == before)
+
+
+def test_a_thread_with_nothing_to_do_ends_and_another_begins_when_there_is(cache, monkeypatch):
+    monkeypatch.setattr("trainfleet.data.shards.ahead.IDLE_SECONDS", 0.05)
+    before, ahead = threading.active_count(), ReadAhead(cache)
+    for name in "ab":
+        ahead.expect(*wanted(name))
+        until(lambda name=name: cache.holds(name))
+        until(lambda: threading.active_count() == before)
+    ahead.close()

@@ -131,3 +131,13 @@ def test_addresses_are_told_from_paths_and_shown_without_secrets():
     assert local_path("s3://bucket/x") is None and str(local_path("file:///a%20b")) == "/a b"
     assert str(local_path("/a/b")) == "/a/b"
     assert shown("https://me:word@host/x?signature=1") == "https://host/x"
+
+
+def test_reading_ahead_gives_up_sooner_than_whoever_needs_the_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainfleet.data.shards.fetch.AHEAD_SECONDS", 0.2)
+    mood(tmp_path, breaks_after=0)
+    file, cache = remote(tmp_path, seconds=1.0), ShardCache(tmp_path / "cache", 1 << 20)
+    with pytest.raises(DataError, match=r"could not be read for 0\.2 s"):
+        cache.fetch_ahead("shard", file.fetch, num_bytes=None, keep=set())
+    with pytest.raises(DataError, match=r"could not be read for 1 s"):
+        fetch(tmp_path, file)

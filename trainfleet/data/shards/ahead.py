@@ -12,6 +12,8 @@ from trainfleet.errors import TrainfleetError
 
 logger = logging.getLogger(__name__)
 
+IDLE_SECONDS = 5.0
+
 
 class ReadAhead:
     """Fetches what is expected, in order, as far as it fits beside all that is expected.
@@ -36,23 +38,24 @@ class ReadAhead:
                 return
             self._wanted, self._keep = list(wanted), keep
             self._changed.notify()
-        if self._thread is None and wanted:
-            self._thread = threading.Thread(target=self._run, name="trainfleet-shards-ahead", daemon=True)
-            self._thread.start()
+            if self._thread is None and wanted:
+                self._thread = threading.Thread(target=self._run, name="trainfleet-shards-ahead", daemon=True)
+                self._thread.start()
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self._closed, thread = True, self._thread
             self._changed.notify()
-        if self._thread is not None and self.pid == os.getpid():
-            self._thread.join(0.5)  # one that fetches goes on to the end of its shard, and ends with the process
+        if thread is not None:
+            thread.join(0.5)  # one that fetches goes on to the end of its shard, and ends with the process
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._wanted and not self._closed:
-                    self._changed.wait()
-                if self._closed:
+                # Nobody need say that no more is read: a thread that has nothing to do ends, and is started anew.
+                self._changed.wait_for(lambda: self._wanted or self._closed, IDLE_SECONDS)
+                if self._closed or not self._wanted:
+                    self._thread = None
                     return
                 wanted, keep, self._wanted = self._wanted, self._keep, ()
             for name, fetch, num_bytes in wanted:

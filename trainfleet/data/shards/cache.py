@@ -43,6 +43,8 @@ class Part:
 
     def __init__(self, cache: ShardCache, name: str, descriptor: int, keep: Collection[str] | None) -> None:
         self.descriptor, self.written = descriptor, 0
+        self.ahead = keep is not None
+        """Nobody waits for it yet: better to give up soon than to keep those who will from trying themselves."""
         self._cache, self._name, self._keep, self._reserved = cache, name, keep, 0
 
     def write(self, data: bytes | memoryview) -> None:

@@ -29,6 +29,8 @@ CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 8 << 20
 """What is asked for at a time where a file is read in ranges, as over HTTP."""
 DAMAGED_TRIES = 3
+AHEAD_SECONDS = 5.0
+"""How long reading ahead tries a source that gives nothing: whoever needs the shard tries it for all of `timeout`."""
 MAX_DOCUMENT_BYTES = 1 << 30
 COMPRESSIONS = ("zstd", "gz", "bz2")
 
@@ -68,15 +70,17 @@ class RemoteFile:
     def read(self) -> bytes:
         """All of a small file, such as an index."""
         taken = bytearray()
-        self._receive(lambda data: taken.extend(data), lambda: MAX_DOCUMENT_BYTES - len(taken))
+        self._receive(
+            lambda data: taken.extend(data), lambda: MAX_DOCUMENT_BYTES - len(taken), self.timeout.total_seconds()
+        )
         return bytes(taken)
 
     def _fetch_once(self, part: Part) -> None:
         stages = _Stages(self, part)
-        self._receive(stages.feed, None)
+        self._receive(stages.feed, None, patience(self.timeout, part))
         stages.end()
 
-    def _receive(self, take: Callable[[bytes], None], left: Callable[[], int] | None) -> None:
+    def _receive(self, take: Callable[[bytes], None], left: Callable[[], int] | None, most: float) -> None:
         """Feed the bytes of the file to `take`, in order, each once; after a pause it goes on where that broke off."""
         offset, since, waits, before = 0, time.monotonic(), pauses(0.1, 5.0), None
         while True:
@@ -102,10 +106,10 @@ class RemoteFile:
                 ) from exc
             except Exception as exc:  # whatever the library of a protocol raises
                 pause = next(waits)
-                if time.monotonic() + pause - since > self.timeout.total_seconds():
+                if time.monotonic() + pause - since > most:
                     raise DataError(
-                        f"{shown(self.url)} could not be read for {self.timeout.total_seconds():g} s. The last try, "
-                        f"at byte {offset}: {_words(exc)}."
+                        f"{shown(self.url)} could not be read for {most:g} s. The last try, at byte {offset}: "
+                        f"{_words(exc)}."
                     ) from exc
                 logger.debug("%s broke off at byte %d: %s", shown(self.url), offset, _words(exc))
                 time.sleep(pause)
@@ -128,6 +132,11 @@ class RemoteFile:
             file.close()
             raise
         return file
+
+
+def patience(timeout: timedelta, part: Part) -> float:
+    """Seconds for which a source that gives nothing is tried again."""
+    return min(timeout.total_seconds(), AHEAD_SECONDS) if part.ahead else timeout.total_seconds()
 
 
 class _Stages:

@@ -21,6 +21,7 @@ import numpy as np
 from trainfleet.data.arrow import rows_of
 from trainfleet.data.shards.cache import Damaged, Part, ShardCache
 from trainfleet.data.shards.counts import UNKNOWN, counted
+from trainfleet.data.shards.fetch import patience
 from trainfleet.data.shards.sharded import (
     CACHE,
     CACHE_BYTES,
@@ -165,7 +166,7 @@ class Server:
             ]
             return list(info.schema.names), endpoints
 
-        return self.patiently(ask, lambda: 0)
+        return self.patiently(ask, lambda: 0, self.timeout.total_seconds())
 
     def connected(self, location: str) -> Any:
         return _flight().FlightClient(
@@ -180,9 +181,9 @@ class Server:
         headers = [(b"authorization", f"Bearer {self.token}".encode())] if self.token and ours else []
         return _flight().FlightCallOptions(timeout=timeout, headers=headers)
 
-    def patiently(self, attempt: Callable[[], Result], progress: Callable[[], int]) -> Result:
-        """What `attempt()` returns; again, after pauses, while the server is away and `progress()` stays less than
-        `timeout` the same. DataError for what will not pass."""
+    def patiently(self, attempt: Callable[[], Result], progress: Callable[[], int], most: float) -> Result:
+        """What `attempt()` returns; again, after pauses, while the server is away, until `progress()` has stayed the
+        same for `most` seconds. DataError for what will not pass."""
         pa, flight = require("pyarrow", "data", purpose="Reading Flight"), _flight()
         since, moved, waits = time.monotonic(), progress(), pauses(0.1, 5.0)
         while True:
@@ -198,10 +199,8 @@ class Server:
                 pause = next(waits)
                 if progress() != moved:
                     since, moved, waits = time.monotonic(), progress(), pauses(0.1, 5.0)
-                if time.monotonic() + pause - since > self.timeout.total_seconds():
-                    raise DataError(
-                        f"{self.location} gave nothing for {self.timeout.total_seconds():g} s: {_words(exc)}"
-                    ) from exc
+                if time.monotonic() + pause - since > most:
+                    raise DataError(f"{self.location} gave nothing for {most:g} s: {_words(exc)}") from exc
                 time.sleep(pause)
 
 
@@ -234,7 +233,7 @@ class Fetcher:
                 part.restart()
                 self._copy(part, *endpoints[self.number])
 
-        self.server.patiently(attempt, progress)
+        self.server.patiently(attempt, progress, patience(self.server.timeout, part))
 
     def _copy(self, part: Part, ticket: bytes, elsewhere: list[str]) -> None:
         pa, flight = require("pyarrow", "data", purpose="Reading Flight"), _flight()
