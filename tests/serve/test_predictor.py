@@ -150,6 +150,12 @@ def test_sequences_are_counted_by_position_and_not_predicted():
         Predictor(linear()).answer({"input": inputs}, Terms(task="predict"))
 
 
+def test_labels_in_a_column_are_labels():
+    column = {"input": BATCH["input"], "target": BATCH["target"][:, None]}
+    whole, found = (Predictor(linear()).answer(batch, VALIDATE) for batch in (BATCH, column))
+    assert (whole["pairs"] == found["pairs"]).all() and (whole["counts"] == found["counts"]).all()
+
+
 def test_batches_without_labels_are_predicted_and_not_validated():
     assert len(Predictor(linear()).answer({"input": BATCH["input"]}, PREDICT)["kept"]) == 40
     with pytest.raises(DataError, match="no labels"):
@@ -160,7 +166,7 @@ def test_outputs_that_fit_no_labels_are_refused():
     with pytest.raises(DataError, match="one each is needed"):
         Predictor(linear(), forward=lambda model, batch: model(batch["input"])[:3]).answer(BATCH, PREDICT)
     with pytest.raises(DataError, match="classes stand on the last dimension"):
-        Predictor(linear()).answer({"input": BATCH["input"], "target": BATCH["target"][:, None, None]}, VALIDATE)
+        Predictor(linear()).answer({"input": BATCH["input"], "target": BATCH["target"].expand(2, 40).T}, VALIDATE)
     with pytest.raises(DataError, match="must return a tensor"):
         Predictor(linear(), forward=lambda model, batch: "text").answer(BATCH, PREDICT)
 

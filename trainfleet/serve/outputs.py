@@ -108,8 +108,6 @@ def read_output(output: Any, labels: Any, rows: int, classes: int | None) -> Rea
         scores = _two_classes(found.float() if found.ndim == 1 or is_alike else found.float().squeeze(-1))
     else:
         raise DataError(f"The model returned shape {tuple(found.shape)}, and classes={classes} is asked of it.")
-    if labels is not None:
-        _refuse_labels(labels, scores)
     return Reading("classes", scores)
 
 
@@ -120,10 +118,12 @@ def _two_classes(logit: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(logit), logit], -1)
 
 
-def _refuse_labels(labels: Tensor, scores: Tensor) -> None:
-    if labels.is_floating_point() or labels.shape != scores.shape[:-1]:
+def labels_for(scores: Tensor, labels: Tensor) -> Tensor:
+    """The labels in the shape of the scores without their classes: [N, 1] beside [N, C] is [N]. DataError if none."""
+    if labels.is_floating_point() or labels.numel() * scores.shape[-1] != scores.numel() or len(labels) != len(scores):
         raise DataError(
             f"The labels are {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}, and the scores "
             f"have shape {tuple(scores.shape)}: classes stand on the last dimension, with one integer label for each.",
             hint="Give forward=, a function (model, batch) that returns [rows, classes].",
         )
+    return labels.reshape(scores.shape[:-1])

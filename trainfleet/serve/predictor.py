@@ -16,6 +16,7 @@ from trainfleet.serve.outputs import (
     Reading,
     in_float32,
     is_shifted,
+    labels_for,
     labels_of,
     read_output,
     weighted_rows,
@@ -135,6 +136,7 @@ def _counts(reading: Reading, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     import torch
 
     num_classes = reading.scores.shape[-1]
+    labels = labels_for(reading.scores, labels)
     wanted = (labels != LEFT_OUT) & counts.view(-1, *[1] * (labels.ndim - 1))
     scores, truth = reading.scores[wanted], labels[wanted].long()
     if truth.numel() and (int(truth.min()) < 0 or int(truth.max()) >= num_classes):
