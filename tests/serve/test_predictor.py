@@ -113,6 +113,9 @@ def test_one_logit_is_two_classes_by_the_sigmoid():
     two = np.stack([1 - sure, sure], 1)
     np.testing.assert_allclose(answer["confidences"], np.sort(two, 1)[:, ::-1], atol=1e-6)
     assert (answer["classes"][:, 0] == (sure > 0.5)).all()
+    flat = Predictor(linear(1), forward=lambda model, batch: model(batch["input"])[:, 0])
+    alike = flat.answer({"input": BATCH["input"], "target": labels}, Terms(task="predict", top_k=2))
+    assert all((alike[name] == answer[name]).all() for name in ("classes", "confidences"))
     floats = {"input": BATCH["input"], "target": labels.float()[:, None]}
     counts = checked_answer(Predictor(linear(1), classes=2).answer(floats, VALIDATE), VALIDATE)
     assert int(counts["counts"][counts["pairs"] % 3 == 0].sum()) == ((sure > 0.5) == labels.numpy()).sum()
