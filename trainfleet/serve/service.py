@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import socket
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from trainfleet.batch import Batch
-from trainfleet.errors import ConfigError, PeerError
+from trainfleet.errors import ConfigError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
-from trainfleet.net.dial import peer_of
 from trainfleet.net.frames import Limits
+from trainfleet.net.guests import Guests
 from trainfleet.net.listener import Listener
 from trainfleet.net.reception import Reception
 from trainfleet.net.structure import allow
@@ -25,8 +23,6 @@ from trainfleet.serve.offer import Offer
 from trainfleet.serve.session import Session
 from trainfleet.serve.terms import Answer, Terms
 from trainfleet.serve.turns import Turns
-
-logger = logging.getLogger(__name__)
 
 ROLE = "gpu-service"
 GUEST = "client"
@@ -100,13 +96,17 @@ class ModelService:
             raise ConfigError(f"window_bytes is {window_bytes}; it must be more than nothing.")
         self.predictor = predictor
         self._classes, self._window_bytes, self._limits = allow(*classes), window_bytes, limits or Limits()
+        self.guests = Guests(
+            self._receive,
+            lambda session: session.run(),
+            lambda session: (session.num_batches, session.num_rows, session.num_bytes),
+            name="Client",
+            most=MOST_CLIENTS,
+        )
         self.reception = Reception(
-            self._answer, role=ROLE, guest=GUEST, address=address, dials=dials, via=via, credentials=credentials
+            self.guests.meet, role=ROLE, guest=GUEST, address=address, dials=dials, via=via, credentials=credentials
         )
         self._turns: Turns | None = None
-        self._sessions: dict[Session, str] = {}
-        self._gone = (0, 0, 0)  # batches, rows and bytes of clients that have gone
-        self._lock = threading.Lock()
 
     @property
     def address(self) -> Address:
@@ -138,10 +138,7 @@ class ModelService:
     def close(self) -> None:
         """End all connections; what was asked may be asked of others. May be called twice."""
         self.reception.stop()
-        with self._lock:
-            sessions = list(self._sessions)
-        for session in sessions:
-            session.close()
+        self.guests.close()
         if self._turns is not None:
             self._turns.close()
         self.reception.close()
@@ -159,62 +156,28 @@ class ModelService:
     @property
     def clients(self) -> list[str]:
         """The addresses of those who are connected."""
-        with self._lock:
-            return list(self._sessions.values())
+        return self.guests.addresses
 
     @property
     def served(self) -> Served:
         turns = self._turns
         assert turns is not None, "it is open"
-        with self._lock:
-            here = list(self._sessions)
-            batches, rows, num_bytes = self._gone
+        here = self.guests.here
+        batches, rows, num_bytes = self.guests.totals or (0, 0, 0)
         return Served(
-            batches=batches + sum(session.num_batches for session in here),
+            batches=batches,
             failed=turns.num_failed,
-            rows=rows + sum(session.num_rows for session in here),
-            num_bytes=num_bytes + sum(session.num_bytes for session in here),
+            rows=rows,
+            num_bytes=num_bytes,
             busy_seconds=turns.busy_seconds,
             clients=len(here),
             waiting=turns.waiting,
             held_bytes=sum(session.held_bytes for session in here),
         )
 
-    def _answer(self, sock: socket.socket) -> None:
-        who = peer_of(sock).address
+    def _receive(self, sock: socket.socket) -> Session:
         assert self._turns is not None
-        try:
-            channel = Channel(sock, limits=self._limits, classes=self._classes)
-        except PeerError as exc:
-            logger.info("%s", exc)
-            return
-        session = Session(channel, self.offer, self._turns)
-        with self._lock:
-            is_full = len(self._sessions) >= MOST_CLIENTS
-            if not is_full:
-                self._sessions[session] = who
-        if is_full:
-            logger.warning("Client %s was sent away: %d are connected, and more are not served.", who, MOST_CLIENTS)
-            channel.close()
-            return
-        if self.reception.closing.is_set():
-            session.close()
-        logger.info("Client %s is here.", who)
-        try:
-            session.run()
-        except PeerError as exc:
-            logger.warning("Client %s has gone after %d batches: %s", who, session.num_batches, exc)
-        else:
-            logger.info("Client %s is done: %d batches.", who, session.num_batches)
-        finally:
-            with self._lock:
-                self._sessions.pop(session, None)
-                batches, rows, num_bytes = self._gone
-                self._gone = (
-                    batches + session.num_batches,
-                    rows + session.num_rows,
-                    num_bytes + session.num_bytes,
-                )
+        return Session(Channel(sock, limits=self._limits, classes=self._classes), self.offer, self._turns)
 
 
 def _offer_of(predictor: Any, room: int) -> Offer:

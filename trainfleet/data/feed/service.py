@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import socket
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -17,17 +15,14 @@ from trainfleet.data.feed.stock import Stock
 from trainfleet.data.feed.times import Spent, Times
 from trainfleet.data.feed.workshop import Workshop
 from trainfleet.data.loader import LocalBatches
-from trainfleet.errors import PeerError
 from trainfleet.net.address import Address
 from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
-from trainfleet.net.dial import peer_of
 from trainfleet.net.frames import Limits
+from trainfleet.net.guests import Guests
 from trainfleet.net.listener import Listener
 from trainfleet.net.reception import Reception
 from trainfleet.net.token import Token
-
-logger = logging.getLogger(__name__)
 
 
 class Served(NamedTuple):
@@ -79,8 +74,14 @@ class DataService:
         streams = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
         self.stock = Stock(streams)
         self._workers, self._limits = training.crew, limits or Limits()
+        self.guests = Guests(
+            self._receive,
+            lambda session: session.run(self._words),
+            lambda session: (session.num_units, session.num_bytes),
+            name="Trainer",
+        )
         self.reception = Reception(
-            self._feed,
+            self.guests.meet,
             role="feeder",
             guest="trainer",
             address=address,
@@ -88,9 +89,6 @@ class DataService:
             via=via,
             credentials=credentials,
         )
-        self._sessions: dict[Session, str] = {}
-        self._done_batches = self._done_bytes = 0  # of trainers that have gone
-        self._lock = threading.Lock()
         self._times = Times()
         self._opened = ExitStack()
 
@@ -129,10 +127,7 @@ class DataService:
     def close(self) -> None:
         """End all connections and workers; what was asked for is asked of others. May be called twice."""
         self.reception.stop()
-        with self._lock:
-            sessions = list(self._sessions)
-        for session in sessions:
-            session.close()
+        self.guests.close()
         self._opened.close()
         self.reception.close()
 
@@ -149,47 +144,25 @@ class DataService:
     @property
     def trainers(self) -> list[str]:
         """The addresses of those who are connected."""
-        with self._lock:
-            return list(self._sessions.values())
+        return self.guests.addresses
 
     @property
     def served(self) -> Served:
-        with self._lock:
-            sessions = list(self._sessions)
-            return Served(
-                batches=self._done_batches + sum(session.num_units for session in sessions),
-                num_bytes=self._done_bytes + sum(session.num_bytes for session in sessions),
-                trainers=len(sessions),
-                waiting=self._workshop.waiting,
-                workers=len(self._workshop.pids),
-                spent=self._times.spent,
-                reached=max((session.reached for session in sessions if session.reached), default=None),
-            )
+        sessions = self.guests.here
+        batches, num_bytes = self.guests.totals or (0, 0)
+        return Served(
+            batches=batches,
+            num_bytes=num_bytes,
+            trainers=len(sessions),
+            waiting=self._workshop.waiting,
+            workers=len(self._workshop.pids),
+            spent=self._times.spent,
+            reached=max((session.reached for session in sessions if session.reached), default=None),
+        )
 
     @property
     def worker_pids(self) -> list[int]:
         return self._workshop.pids
 
-    def _feed(self, sock: socket.socket) -> None:
-        who = peer_of(sock).address
-        try:
-            session = Session(Channel(sock, limits=self._limits), self.stock, self._workshop, self._times)
-        except PeerError as exc:
-            logger.info("%s", exc)
-            return
-        with self._lock:
-            self._sessions[session] = who
-        if self.reception.closing.is_set():
-            session.close()
-        logger.info("Trainer %s is here.", who)
-        try:
-            session.run(self._words)
-        except PeerError as exc:
-            logger.warning("Trainer %s has gone after %d batches: %s", who, session.num_units, exc)
-        else:
-            logger.info("Trainer %s is done: %d batches.", who, session.num_units)
-        finally:
-            with self._lock:
-                self._sessions.pop(session, None)
-                self._done_batches += session.num_units
-                self._done_bytes += session.num_bytes
+    def _receive(self, sock: socket.socket) -> Session:
+        return Session(Channel(sock, limits=self._limits), self.stock, self._workshop, self._times)
