@@ -84,6 +84,7 @@ def test_a_way_that_has_to_move_says_where_to(monkeypatch, caplog):
         return Tunnel(Address(f"{len(opened)}.example.org"), ended.set, lambda: not ended.is_set())
 
     monkeypatch.setattr("trainfleet.net.entrance.open_tunnel", open_tunnel)
+    monkeypatch.setattr("trainfleet.net.entrance._LOOK_SECONDS", 0.05)
     told = []
     with Entrance("ngrok", 7700, moved=told.append) as way:
         assert way.address.host == "1.example.org"
