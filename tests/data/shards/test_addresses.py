@@ -67,6 +67,18 @@ def test_another_json_is_refused(tmp_path, plain):
         addresses(tmp_path / "i.json")
 
 
+@pytest.mark.parametrize(
+    "url", ["/etc/passwd", "file:///etc/x", "local:///etc/x", "memory://x", "simplecache::s3://b/x"]
+)
+def test_an_index_from_elsewhere_names_no_file_of_this_host(tmp_path, url):
+    (tmp_path / "i.json").write_text(json.dumps({"shardlist": [{"url": url, "nsamples": 1}]}))
+    with pytest.raises(DataError, match="it is from elsewhere and names"):
+        addresses(f"shaky:/{tmp_path}/i.json")
+    (tmp_path / "i.json").write_text(json.dumps({"base": "/etc", "shardlist": [{"url": "x", "nsamples": 1}]}))
+    with pytest.raises(DataError, match="it is from elsewhere and names '/etc/x'"):
+        addresses(f"shaky:/{tmp_path}/i.json")
+
+
 def test_commands_are_not_run():
     with pytest.raises(DataError, match="would run a command"):
         addresses("pipe:curl http://x/{0..3}.tar")

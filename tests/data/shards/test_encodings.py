@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainfleet.data.shards.encodings import DTYPE_CODES, SCALARS, decode_file, decoder_of
+from trainfleet.data.shards.encodings import DTYPE_CODES, SCALARS, checked_mode, decode_file, decoder_of
 from trainfleet.errors import DataError
 
 
@@ -59,6 +59,12 @@ def test_garbage_is_a_sentence(encoding, data, words):
 def test_encodings_that_are_none_are_refused_with_the_name_of_the_column(encoding):
     with pytest.raises(DataError, match="column 'c'"):
         decoder_of(encoding, "c", None)
+
+
+def test_images_have_one_of_a_few_modes():
+    assert [checked_mode(mode) for mode in (None, "RGB", "L")] == [None, "RGB", "L"]
+    with pytest.raises(DataError, match="mode is 'rgb'; use RGB"):
+        checked_mode("rgb")
 
 
 ENCODINGS = ["bytes", "str", "int", "json", "str_int", "str_float", "str_decimal", "jpeg", "png", "pil", "ndarray"]

@@ -17,6 +17,7 @@ MAX_SHARDS = 10_000_000
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 PATTERN = re.compile(r"[*?\[]")
+REMOTE = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "oci")
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.zst")
 
 
@@ -89,7 +90,7 @@ def _listed(url: str, asked: dict[str, Any]) -> list[Address]:
         base = plain.get("base") or plain.get("base_path") or (url.rsplit("/", 1)[0] if "/" in url else ".")
         return [
             Address(
-                _joined(base, entry["url"]),
+                _joined(base, entry["url"], url),
                 _count(entry["nsamples"], "nsamples"),
                 None if entry.get("filesize") is None else _count(entry["filesize"], "filesize"),
             )
@@ -101,10 +102,15 @@ def _listed(url: str, asked: dict[str, Any]) -> list[Address]:
         raise DataError(f"{shown(url)} is no index with a `shardlist`: {type(exc).__name__}: {exc}") from exc
 
 
-def _joined(base: str, url: str) -> str:
+def _joined(base: str, url: str, index: str) -> str:
+    """The address of a shard. An index from elsewhere cannot name files of this host."""
     if url.startswith("pipe:"):
         raise ValueError("a pipe: is not read")
-    return url if "://" in url or url.startswith("/") else f"{base.rstrip('/')}/{url}"
+    joined = url if "://" in url or url.startswith("/") else f"{base.rstrip('/')}/{url}"
+    scheme = joined.partition("://")[0] if "://" in joined else "file"
+    if local_path(index) is None and ("::" in joined or scheme not in (*REMOTE, index.partition("://")[0])):
+        raise ValueError(f"it is from elsewhere and names {joined[:80]!r}")
+    return joined
 
 
 def _count(value: Any, what: str) -> int:

@@ -38,6 +38,13 @@ MAX_DIGITS = 4000
 PIL_MODES = {"1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "I;16"}
 
 
+def checked_mode(mode: str | None) -> str | None:
+    """What images are converted to; DataError for what is none of RGB, L, RGBA and None."""
+    if mode not in (None, "RGB", "L", "RGBA"):
+        raise DataError(f"mode is {mode!r}; use RGB, L or RGBA, or none at all to have images as they are.")
+    return mode
+
+
 def decoder_of(encoding: str, column: str, mode: str | None) -> Decoder:
     """What decodes a column of MDS with this encoding; DataError for one that is not read."""
     name, _, details = encoding.partition(":")

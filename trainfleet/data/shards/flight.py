@@ -55,7 +55,8 @@ class FlightTable(ShardedSource):
     columns        those to read: names, or {name in a sample: column}
     roots          file with the certificates to trust, for TLS; None: those of the system
     certificate, key     files of a certificate of our own
-    token          sent as `authorization: Bearer TOKEN`, to this host alone, and over TLS unless it is on this machine
+    token          sent as `authorization: Bearer TOKEN`, to this host alone, and over TLS unless it is on this machine;
+                   or file:PATH, of a file that holds it: a recipe is written into the folder of a run
     cache          folder for fetched rows, by their tickets: a server must give the same rows for the same ticket
     cache_bytes, window, timeout     as for MosaicShards
     """
@@ -83,7 +84,7 @@ class FlightTable(ShardedSource):
             roots=_read(roots),
             certificate=_read(certificate),
             key=_read(key),
-            token=token,
+            token=_told(token),
             timeout=timedelta(seconds=timeout),
         )
         names, endpoints = server.describe()
@@ -332,13 +333,19 @@ def _is_numeric(kind: Any) -> bool:
     return bool(types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner))
 
 
+def _told(token: str | None) -> str | None:
+    if token is None or not token.startswith("file:"):
+        return token
+    return (_read(token.removeprefix("file:")) or b"").decode().strip()
+
+
 def _read(file: str | Path | None) -> bytes | None:
     if file is None:
         return None
     try:
         return Path(file).expanduser().read_bytes()
     except OSError as exc:
-        raise DataError(f"The certificate or key {file} cannot be read: {exc.strerror}.") from exc
+        raise DataError(f"The certificate, key or token {file} cannot be read: {exc.strerror}.") from exc
 
 
 def _words(exc: BaseException) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from trainfleet.data.shards.cache import Damaged, ShardCache
-from trainfleet.data.shards.encodings import Decoder, decoder_of
+from trainfleet.data.shards.encodings import Decoder, checked_mode, decoder_of
 from trainfleet.data.shards.fetch import COMPRESSIONS, MAX_DOCUMENT_BYTES, RemoteFile, local_path, shown
 from trainfleet.data.shards.sharded import (
     CACHE,
@@ -76,7 +76,7 @@ class MosaicShards(ShardedSource):
                 self._layouts.append(layout)
         names = entries[0][1][0]
         self._chosen = chosen(columns, names, f"The dataset {shown(base)}")
-        self._mode = mode
+        self._mode = checked_mode(mode)
         self._decoders: dict[Layout, list[tuple[int, str, Decoder]]] = {}
         for layout in set(self._layouts):
             self._decoders[layout] = self._plan(layout, base)

@@ -14,7 +14,7 @@ from trainfleet.data.shards.addresses import Address, addresses
 from trainfleet.data.shards.cache import Damaged, Part, ShardCache
 from trainfleet.data.shards.contents import Contents, find_contents
 from trainfleet.data.shards.counts import UNKNOWN, counted, index_folder, write_whole
-from trainfleet.data.shards.encodings import decode_file
+from trainfleet.data.shards.encodings import checked_mode, decode_file
 from trainfleet.data.shards.fetch import RemoteFile, local_path, shown
 from trainfleet.data.shards.sharded import CACHE, CACHE_BYTES, Shard, ShardedSource, cached_name, read_at
 from trainfleet.errors import DataError
@@ -59,7 +59,7 @@ class TarShards(ShardedSource):
         self._index = index_folder(shared)
         self._known: OrderedDict[str, Contents] = OrderedDict()
         self._columns = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns or ()}
-        self._key, self._mode = key, mode
+        self._key, self._mode = key, checked_mode(mode)
         title = f"WebDataset {shown(found[0].url)} ({len(found)})"
         shards = counted([self._shard(address, asked) for address in found], shared, self._count, title=title)
         super().__init__(shards, shared, window=window, title=title)
