@@ -31,7 +31,7 @@ def told(story: Any, waits: dict[str, float], data_seconds: float, **fields: Any
 @pytest.mark.parametrize(
     ("waits", "data_seconds", "percentages", "sentence"),
     [
-        ({"source": 0.02, "transform": 0.01}, 0.06, {"computing": 40, "source": 40, "transform": 20}, "Reading"),
+        ({"source": 0.04, "transform": 0.02}, 0.07, {"computing": 40, "source": 40, "transform": 20}, "Reading"),
         ({"source": 0.01, "transform": 0.02}, 0.03, {"computing": 70, "source": 10, "transform": 20}, "Transform"),
         ({"network": 0.03, "source": 0.01}, 0.04, {"computing": 60, "network": 30, "source": 10}, "data.on_device"),
         ({"network": 0.002}, 0.002, {"computing": 98, "network": 2}, "Computing is the limit"),

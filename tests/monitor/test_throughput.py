@@ -32,7 +32,7 @@ def test_nothing_is_promised_before_the_first_step() -> None:
 def test_waiting_for_data_is_a_share_of_the_step(story: Any) -> None:
     speed = Throughput()
     speed.update(story.step(1, seconds=0.2, data_seconds=0.05), now=1.0)
-    assert speed.data_share == pytest.approx(0.25)
+    assert speed.percentages == {"computing": 75, "data": 25}
 
 
 def test_the_smoothed_loss_starts_at_the_first_value_and_forgets_by_half() -> None:

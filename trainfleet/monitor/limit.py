@@ -20,15 +20,17 @@ _REMEDIES = {
 
 
 def shares_of(seconds: float, data_seconds: float, waits: Mapping[str, float]) -> dict[str, float]:
-    """Of the time of steps: the share of computing, and of each cause of waiting; 1 together, or nothing at all."""
+    """Of the time of steps: the share of computing, and of each cause of waiting; 1 together, or nothing at all.
+
+    Where nobody knows what was waited for (no `waits`), all that getting batches took is `data`. Otherwise what it took
+    beside waiting, such as to copy them into pinned memory, is the loop's own work.
+    """
     if seconds <= 0.0:
         return {}
-    waited = min(1.0, data_seconds / seconds)
-    shares = {COMPUTING: 1.0 - waited}
-    whole = sum(waits.values())
-    if whole <= 0.0:
-        return {**shares, "data": waited}
-    return {**shares, **{cause: waited * share / whole for cause, share in waits.items() if share > 0.0}}
+    causes = {cause: share for cause, share in waits.items() if share > 0.0} if waits else {"data": data_seconds}
+    whole = max(seconds, sum(causes.values()))
+    shares = {cause: share / whole for cause, share in causes.items()}
+    return {COMPUTING: max(0.0, 1.0 - sum(shares.values())), **shares}
 
 
 class Limit:

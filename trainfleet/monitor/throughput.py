@@ -79,11 +79,6 @@ class Throughput:
         totals = (sum(step.seconds for step in self._window), sum(step.data_seconds for step in self._window))
         return percentages(shares_of(*totals, waits))
 
-    @property
-    def data_share(self) -> float:
-        """The part of a step's time, 0 to 1, spent waiting for batches."""
-        return self._per_second(sum(step.data_seconds for step in self._window))
-
     def remaining_seconds(self, steps: int) -> float:
         """Until so many more steps are taken, with evaluations and saves as often as so far; NaN before the first."""
         if not self._window or self._started is None:
