@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from left_behind import nothing_left_behind
 
-from trainfleet.errors import ConfigError, NotAdmitted
+from trainfleet.errors import ConfigError, DependencyError, NotAdmitted
 from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.listener import Listener
 from trainfleet.net.probe import Probe
@@ -85,3 +85,13 @@ def test_what_cannot_be_is_refused():
         Echo(address=FREE).reception.address  # noqa: B018
     with pytest.raises(ConfigError, match="credentials"):
         Echo(address="0.0.0.0:0").reception.open()
+
+
+def test_a_way_that_needs_a_program_is_refused_before_anything_opens(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with nothing_left_behind():
+        echo = Echo(address=FREE, dials=["one-two.trycloudflare.com:443"])
+        with pytest.raises(DependencyError, match="no cloudflared on this host") as raised:
+            echo.reception.open()
+        assert "Install it on both sides" in str(raised.value.hint)
+        echo.reception.close()

@@ -16,6 +16,7 @@ from trainfleet.net.dial import dial, peer_of
 from trainfleet.net.listener import Listener
 from trainfleet.net.probe import ROLE, answer_probe
 from trainfleet.net.token import Token, is_token
+from trainfleet.net.tunnel import refuse_without_program
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,10 @@ class Reception:
         self._threads: list[threading.Thread] = []
 
     def open(self) -> None:
+        """Raises what `Listener` raises, and DependencyError where the way to a guest needs a program."""
+        for place in self._dials:
+            for address in place.addresses if isinstance(place, Token) else [Address.parse(place)]:
+                refuse_without_program(address)
         if self._where is not None or self._via is not None:
             self.listener = Listener(
                 self._where,

@@ -216,6 +216,15 @@ def enter_tunnel(address: Address, *, timeout: timedelta = timedelta(seconds=30)
     return Tunnel(local, program.close, lambda: program.is_running)
 
 
+def refuse_without_program(address: Address) -> None:
+    """DependencyError where a tunnel by cloudflared leads to `address`, and that program is not on this host."""
+    if address.host.endswith(_CLOUDFLARED) and shutil.which("cloudflared") is None:
+        raise DependencyError(
+            f"The way to {address.host} is a tunnel by cloudflared, and there is no cloudflared on this host.",
+            hint=_NO_CLOUDFLARED,
+        )
+
+
 _entered: dict[Address, Tunnel] = {}
 _entering = threading.Lock()
 
