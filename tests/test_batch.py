@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from trainfleet.batch import BatchStream, arrays, batch_size, cut_batch, map_arrays, to_device
+from trainfleet.batch import (
+    BatchStream,
+    arrays,
+    batch_size,
+    call_with_batch,
+    cut_batch,
+    map_arrays,
+    to_device,
+    weighted_rows,
+)
 from trainfleet.errors import DataError
 
 
@@ -97,3 +106,21 @@ def test_a_stream_is_what_has_the_four_methods():
 
     assert isinstance(Stream(), BatchStream)
     assert not isinstance(iter([1]), BatchStream)
+
+
+def test_weights_of_samples_are_told_from_the_batch():
+    weight = ones(4)
+    assert weighted_rows({"input": 1, "weight": weight}) == ({"input": 1}, weight)
+    batch, found = weighted_rows((ones(4, 2), np.arange(4), weight))
+    assert found is weight and len(batch) == 2
+    assert weighted_rows((ones(4, 2), np.arange(4)))[1] is None
+    assert weighted_rows((ones(4, 2), ones(4, 2), np.arange(4)))[1] is None, "integers are no weights"
+
+
+def test_a_model_is_called_with_what_it_takes():
+    assert call_with_batch(lambda x: x, ("x", "y")) == "x"
+    assert call_with_batch(lambda x: x, {"input": 1, "target": 2}) == 1
+    named = {"x": 1, "weight": 2}
+    assert call_with_batch(lambda x: [x], named) == [1], "weights are for the loss"
+    assert call_with_batch(lambda x, weight: [x, weight], named) == [1, 2]
+    assert call_with_batch(lambda **more: more, named) == named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -101,17 +102,38 @@ def to_device(batch: Batch, device: Any) -> Batch:
     return map_arrays(lambda array: array.to(device, non_blocking=True) if hasattr(array, "to") else array, batch)
 
 
+def weighted_rows(batch: Batch) -> tuple[Batch, Any]:
+    """(the batch without the weights of its samples, those weights [N] or None), which streams add to fill slots.
+
+    A weight is the `weight` of a mapping or an object, or the third of three.
+    """
+    if isinstance(batch, Mapping) and "weight" in batch:
+        return {key: value for key, value in batch.items() if key != "weight"}, batch["weight"]
+    if type(batch) in (list, tuple) and len(batch) == 3:
+        weight, rows = batch[2], batch_size(batch)
+        if tuple(getattr(weight, "shape", ())) == (rows,) and "float" in str(weight.dtype):
+            return type(batch)(batch[:2]), weight
+    return batch, getattr(batch, "weight", None)
+
+
 def call_with_batch(model: Callable[..., Any], batch: Batch) -> Any:
     """How a model is called unless the recipe says otherwise.
 
     (inputs, labels) pairs and dicts with `input` or `inputs` give the model that part; other dicts go in as
-    keyword arguments; anything else as it is.
+    keyword arguments, `weight` only where `forward` takes it; anything else as it is.
     """
     if isinstance(batch, Mapping):
         for key in ("input", "inputs"):
             if key in batch:
                 return model(batch[key])
+        if "weight" in batch and not _takes_weight(model):
+            batch, _ = weighted_rows(batch)
         return model(**batch)
     if isinstance(batch, list | tuple) and len(batch) == 2 and not hasattr(batch, "_fields"):
         return model(batch[0])
     return model(batch)
+
+
+def _takes_weight(model: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return "weight" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="outputs are torch's")
 from trainfleet.errors import DataError  # noqa: E402
-from trainfleet.serve.outputs import in_float32, labels_of, prediction, read_output, weighted_rows  # noqa: E402
+from trainfleet.serve.outputs import in_float32, labels_of, prediction, read_output  # noqa: E402
 
 FLOATS, INTEGERS = torch.zeros(4), torch.zeros(4, dtype=torch.long)
 
@@ -42,14 +42,6 @@ def test_an_output_of_other_classes_is_refused(output, classes):
 def test_labels_are_found_where_batches_have_them():
     assert labels_of({"x": 1, "labels": 2}) == 2 and labels_of((1, 2)) == 2 and labels_of({"x": 1}) is None
     assert labels_of(torch.zeros(3)) is None
-
-
-def test_weights_are_taken_off_what_the_model_gets():
-    weight = torch.ones(4)
-    assert weighted_rows({"input": 1, "weight": weight}) == ({"input": 1}, weight)
-    batch, found = weighted_rows((FLOATS, INTEGERS, weight))
-    assert found is weight and len(batch) == 2
-    assert weighted_rows((FLOATS, INTEGERS))[1] is None
 
 
 def test_the_prediction_is_the_logits_or_the_first():

@@ -29,6 +29,8 @@ def test_a_sample_of_weight_0_does_not_count() -> None:
     padded = cross_entropy(logits, {"target": labels, "weight": torch.tensor([1.0, 1.0, 0.0])})
     assert padded.mean == pytest.approx(cross_entropy(logits[:2], (None, labels[:2])).mean)
     assert float(padded.weight) == 2
+    as_third = cross_entropy(logits, (logits, labels, torch.tensor([1.0, 1.0, 0.0])))
+    assert as_third.mean == padded.mean and float(as_third.weight) == 2
 
 
 def test_mse_averages_elements_and_sums_samples() -> None:

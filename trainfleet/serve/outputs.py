@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from trainfleet.batch import Batch, batch_size, map_arrays
+from trainfleet.batch import Batch, map_arrays
 from trainfleet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,20 +39,6 @@ def is_shifted(model: Any, inputs: Batch) -> bool:
     of_transformers = any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
     is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return of_transformers and is_causal and isinstance(inputs, Mapping) and "labels" in inputs
-
-
-def weighted_rows(batch: Batch) -> tuple[Batch, Any]:
-    """(the batch as a model takes it, the weight [N] of each row or None).
-
-    A weight is the `weight` of a mapping or an object, or the third of three: where streams put it.
-    """
-    if isinstance(batch, Mapping) and "weight" in batch:
-        return {key: value for key, value in batch.items() if key != "weight"}, batch["weight"]
-    if type(batch) in (list, tuple) and len(batch) == 3:
-        weight, rows = batch[2], batch_size(batch)
-        if tuple(getattr(weight, "shape", ())) == (rows,) and "float" in str(weight.dtype):
-            return type(batch)(batch[:2]), weight
-    return batch, getattr(batch, "weight", None)
 
 
 def prediction(output: Any) -> Tensor:

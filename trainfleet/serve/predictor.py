@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainfleet.batch import Batch, batch_size, call_with_batch, map_arrays, to_device
+from trainfleet.batch import Batch, batch_size, call_with_batch, map_arrays, to_device, weighted_rows
 from trainfleet.errors import ConfigError, DataError
 from trainfleet.loss import LossSum
 from trainfleet.serve.outputs import (
@@ -19,7 +19,6 @@ from trainfleet.serve.outputs import (
     labels_for,
     labels_of,
     read_output,
-    weighted_rows,
 )
 from trainfleet.serve.terms import Answer, Terms
 

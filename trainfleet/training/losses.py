@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.batch import Batch
+from trainfleet.batch import Batch, weighted_rows
 from trainfleet.errors import ConfigError, DataError
 from trainfleet.imports import load_object
 from trainfleet.loss import LossSum
@@ -81,7 +81,8 @@ def _prediction(output: Any) -> Tensor:
 
 
 def _weighed(losses: Tensor, weights: Tensor, batch: Batch) -> LossSum:
-    if isinstance(batch, Mapping) and "weight" in batch:
-        per_sample = batch["weight"].to(weights.dtype)
+    _, per_sample = weighted_rows(batch)
+    if per_sample is not None:
+        per_sample = per_sample.to(weights.dtype)
         weights = weights * per_sample.view(-1, *[1] * (weights.ndim - 1))
     return LossSum((losses * weights).sum(), weights.sum())
