@@ -71,6 +71,7 @@ def test_a_recipes_model_answers_until_a_signal(path: Path) -> None:
     assert service.said.splitlines()[-1] == "Ended after 3 batches, 21 rows." and "Traceback" not in service.said
 
 
+@pytest.mark.matrix
 def test_off_loopback_the_token_that_is_printed_lets_clients_in(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason="TLS off loopback needs the extra `net`")
     recipe = read_job(path)

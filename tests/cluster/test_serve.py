@@ -101,6 +101,7 @@ def test_a_lone_service_that_is_killed_goes_on_when_it_is_started_again():
         assert model.services.lost >= 1 and model.services.repeated >= 1
 
 
+@pytest.mark.matrix
 def test_one_that_comes_back_with_other_weights_is_refused():
     with service() as (first, place), RemoteModel(place, timeout=timedelta(seconds=20)) as model:
         answers = model.answers(batches(200), VALIDATE)
