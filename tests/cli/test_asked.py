@@ -9,7 +9,7 @@ import pytest
 from trainfleet.cli.asked import Asked
 from trainfleet.errors import ConfigError
 
-NOTHING = {"feeders": (), "listen": None, "folder": None, "certs": None, "classes": (), "weights": None, "device": None}
+NOTHING = {"feeders": (), "listen": None, "folder": None, "certs": None, "weights": None, "device": None}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,6 @@ NOTHING = {"feeders": (), "listen": None, "folder": None, "certs": None, "classe
         ({"feeders": ["a:1"], "weights": "w"}, "--weights is for `trainfleet gpu-service`"),
         ({"listen": "127.0.0.1:0", "device": "cpu"}, "--device is for"),
         ({"certs": Path("c")}, "--certs is for --feed"),
-        ({"classes": ["a:B"]}, "--class is for --feed"),
         ({"folder": Path("f"), "feeders": ["a:1"]}, "--folder is for --listen"),
     ],
 )

@@ -33,12 +33,6 @@ FOLDER = typer.Option(
 CERTS = typer.Option(
     None, "--certs", help="For --feed, --listen: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
 )
-CLASSES = typer.Option(
-    None,
-    "--class",
-    help="For --feed, --listen: a dataclass or named tuple that batches are made of.",
-    metavar="PACKAGE.MODULE:NAME",
-)
 WEIGHTS = typer.Option(
     None,
     "--weights",
@@ -57,7 +51,6 @@ class Asked:
     listen: str | None
     folder: Path | None
     certs: Path | None
-    classes: Sequence[str]
     weights: str | None
     device: str | None
 
@@ -67,9 +60,8 @@ class Asked:
         for name, value in (("--weights", self.weights), ("--device", self.device)):
             if self.is_remote and value is not None:
                 raise ConfigError(f"{name} is for `trainfleet gpu-service`, where the model stands; leave it out here.")
-        for name, given in (("--certs", self.certs is not None), ("--class", bool(self.classes))):
-            if given and not self.is_remote:
-                raise ConfigError(f"{name} is for --feed and --listen, which are not given.")
+        if self.certs is not None and not self.is_remote:
+            raise ConfigError("--certs is for --feed and --listen, which are not given.")
         if self.folder is not None and self.listen is None:
             raise ConfigError("--folder is for --listen, which is not given.")
 
@@ -86,7 +78,6 @@ class Asked:
             yield predictor_of(settings, self.weights, self.device)
             return
         from trainfleet.cli.standing import credentials_for
-        from trainfleet.imports import load_object
         from trainfleet.net.address import Address
         from trainfleet.serve.remote import RemoteModel
 
@@ -95,7 +86,6 @@ class Asked:
             list(self.feeders),
             listen=self.listen,
             credentials=credentials,
-            classes=[load_object(path, key="--class") for path in self.classes],
         )
         with remote:
             if (place := remote.services.address) is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from trainfleet.cli.asked import CERTS, CLASSES, DEVICE, FEED, FOLDER, LISTEN, STREAM, WEIGHTS, Asked
+from trainfleet.cli.asked import CERTS, DEVICE, FEED, FOLDER, LISTEN, STREAM, WEIGHTS, Asked
 from trainfleet.cli.train import make_importable
 
 
@@ -31,7 +31,6 @@ def predict(
     listen: str | None = LISTEN,
     folder: Path | None = FOLDER,
     certs: Path | None = CERTS,
-    classes: list[str] | None = CLASSES,
 ) -> None:
     """Write what a recipe's trained model says of each row, as Parquet.
 
@@ -49,7 +48,7 @@ def predict(
     make_importable(recipe.parent)
     log.setup("debug" if context.obj else "info")
     asked = Asked(
-        feeders=feeders or [], listen=listen, folder=folder, certs=certs, classes=classes or [],
+        feeders=feeders or [], listen=listen, folder=folder, certs=certs,
         weights=weights, device=device,
     )  # fmt: skip
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from trainfleet.cli.asked import CERTS, CLASSES, DEVICE, FEED, FOLDER, LISTEN, STREAM, WEIGHTS, Asked
+from trainfleet.cli.asked import CERTS, DEVICE, FEED, FOLDER, LISTEN, STREAM, WEIGHTS, Asked
 from trainfleet.cli.train import make_importable
 
 
@@ -26,7 +26,6 @@ def validate(
     listen: str | None = LISTEN,
     folder: Path | None = FOLDER,
     certs: Path | None = CERTS,
-    classes: list[str] | None = CLASSES,
 ) -> None:
     """Say how right a recipe's trained model is.
 
@@ -46,7 +45,7 @@ def validate(
     make_importable(recipe.parent)
     log.setup("debug" if context.obj else "info")
     asked = Asked(
-        feeders=feeders or [], listen=listen, folder=folder, certs=certs, classes=classes or [],
+        feeders=feeders or [], listen=listen, folder=folder, certs=certs,
         weights=weights, device=device,
     )  # fmt: skip
     if picture is not None and installed("matplotlib") is None:  # importing it waits for the picture

@@ -14,7 +14,6 @@ from trainfleet.net.address import Address
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.frames import Limits
 from trainfleet.net.peers import Ways
-from trainfleet.net.structure import allow
 from trainfleet.net.token import Token
 from trainfleet.serve.offer import Offer
 from trainfleet.serve.respondent import Question
@@ -51,7 +50,6 @@ class RemoteModel:
         listen: str | Address | None = None,
         via: Token | str | None = None,
         credentials: Credentials | None = None,
-        classes: Sequence[type] = (),
         window_bytes: int = 1 << 28,
         limits: Limits | None = None,
         nearby: bool = True,
@@ -67,7 +65,6 @@ class RemoteModel:
             listen=listen,
             via=via,
             credentials=credentials,
-            classes=allow(*classes),
             limits=limits,
             nearby=nearby,
         )
