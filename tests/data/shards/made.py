@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import json
 import os
 import struct
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import fsspec
 import numpy as np
 import xxhash
 import zstandard
+
+from trainfleet.data.shards.cache import ShardCache
 
 COLUMNS = {"i": "int", "x": "ndarray:uint16:50", "note": "str"}
 PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "zstd": zstandard.ZstdCompressor().compress}
@@ -201,6 +205,26 @@ def used(folder):
             except FileNotFoundError:
                 continue
     return total
+
+
+@contextlib.contextmanager
+def watched(folder):
+    """The most that is ever in a cache, in a list, looked at all the time while nobody changes names or sizes."""
+    most, done, cache = [0], threading.Event(), ShardCache(folder, 1)
+
+    def look():
+        while not done.is_set():
+            with cache._alone():
+                most[0] = max(most[0], used(folder))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
 
 
 fsspec.register_implementation("shaky", Shaky, clobber=True)

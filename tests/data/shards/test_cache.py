@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from data.shards.made import used
+from data.shards.made import used, watched
 
 from trainfleet.data.shards.cache import PART, Damaged, Part, ShardCache
 from trainfleet.errors import DataError
@@ -42,24 +42,6 @@ def read(cache, name, size=1000, num_bytes=None, **how):
     descriptor = cache.open(name, writer(name, size, **how), num_bytes=num_bytes)
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
-
-
-@pytest.fixture
-def watched(tmp_path):
-    """The most that was ever in the cache, looked at all the time, while nobody changes names or sizes."""
-    most, done, cache = [0], threading.Event(), ShardCache(tmp_path, 5000)
-
-    def look():
-        while not done.is_set():
-            with cache._alone():
-                most[0] = max(most[0], used(tmp_path))
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    yield most
-    done.set()
-    thread.join()
 
 
 def test_a_shard_is_fetched_once_and_those_unused_for_longest_go(tmp_path):
@@ -119,14 +101,15 @@ def _read_all(folder, seed, rounds):
 
 
 @pytest.mark.parametrize("processes", [3])
-def test_the_bound_holds_while_processes_fetch_at_once_known_sizes_and_unknown(tmp_path, watched, processes):
+def test_the_bound_holds_while_processes_fetch_at_once_known_sizes_and_unknown(tmp_path, processes):
     readers = [FORK.Process(target=_read_all, args=(tmp_path, seed, 60)) for seed in range(processes)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join(60)
+    with watched(tmp_path) as most:
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(60)
     assert [reader.exitcode for reader in readers] == [0] * processes
-    assert 2500 < watched[0] <= 5000
+    assert 2500 < most[0] <= 5000
     assert not list(tmp_path.glob(f"*{PART}"))
 
 

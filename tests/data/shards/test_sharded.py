@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.shards.made import fetched, mood, same, sample, used, write_mds
+from data.shards.made import fetched, mood, same, sample, used, watched, write_mds
 
 from trainfleet.data import LocalBatches
 from trainfleet.data.feed import DataService, RemoteBatches
@@ -54,7 +54,9 @@ def test_batches_are_the_same_with_any_number_of_workers_and_wherever_the_shards
 
 def test_an_epoch_in_windows_fetches_each_shard_about_once(tmp_path):
     ours = source(tmp_path, cache_bytes=22_000, window=10)  # of 44 kB
-    batches(LocalBatches(ours, size=4, epochs=1, workers=3, prefetch=1, collate="numpy"))
+    with watched(tmp_path / "cache") as most:
+        batches(LocalBatches(ours, size=4, epochs=1, workers=3, prefetch=1, collate="numpy"))
+    assert 11_000 < most[0] <= 22_000
     whole = sum(f.stat().st_size for f in (tmp_path / "d").glob("*.mds"))
     counts = sum(count for name, count in fetched(tmp_path / "d").items() if name.endswith(".mds"))
     assert whole <= counts <= 1.3 * whole, "the next epoch's first window may be there already"
