@@ -19,7 +19,7 @@ import numpy as np
 
 TRAINER_CORE, FEEDER_CORE = 0, 1
 SIZE: Final = 64
-SIDE, MARGIN = 96, 8
+SIDE, MARGIN = 64, 8
 SAMPLES: Final = 1 << 16
 WARM_STEPS: Final = 8
 """Not timed: what lies ready when a block begins is used up."""
@@ -28,7 +28,7 @@ AHEAD_BATCHES: Final = 4
 
 
 class Pictures:
-    """uint8 pictures of 104 x 104, each from its number."""
+    """uint8 pictures of 72 x 72, each from its number."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -133,13 +133,13 @@ def net(torch: Any) -> Any:
 
     return nn.Sequential(
         Scaled(),
-        nn.Conv2d(3, 24, 5, stride=4),
+        nn.Conv2d(3, 32, 5, stride=3),
         nn.ReLU(),
-        nn.Conv2d(24, 48, 3),
+        nn.Conv2d(32, 64, 3),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
-        nn.Linear(48 * 4 * 4, 10),
+        nn.Linear(64 * 4 * 4, 10),
     )
 
 
