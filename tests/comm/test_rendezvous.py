@@ -11,17 +11,13 @@ import pytest
 
 pytest.importorskip("torch", reason="ranks meet at a store of torch")
 
+from free_ports import free_port
+
 from trainfleet.comm import rendezvous
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.errors import LaunchError, PeerError
 
 pytestmark = pytest.mark.cluster
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def meet(rank: int, world_size: int, port: int, facts: dict[str, str] | None = None, seconds: float = 20) -> object:

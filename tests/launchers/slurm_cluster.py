@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from free_ports import free_ports
+
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -81,13 +83,3 @@ class Cluster:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("torch", reason="launching needs torch")
 
+from free_ports import free_port
+
 from trainfleet.comm import environment
 from trainfleet.errors import DataError, LaunchError, PeerError, RankFailed
 from trainfleet.mesh import Mesh
@@ -33,12 +35,6 @@ def script(folder: Path, text: str) -> list[str]:
     path = folder / "rank.py"
     path.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + text)
     return [sys.executable, str(path)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # A function
