@@ -49,7 +49,6 @@ class Fed:
                 feeders = list(self.feeders)
                 if self.own_workers is not None:
                     certificates = None if self.certs is None else str(self.certs)
-                    # Its host's own CPUs first.
                     feeders.insert(0, closing.enter_context(own_feeder(settings, self.own_workers, certificates)))
                 settings = as_fed(settings, feeders=feeders, **ways)
             elif self.tunnel is not None:

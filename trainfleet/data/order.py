@@ -100,8 +100,8 @@ def indices_at(
         raise IndexError(f"Positions {wanted.min()} to {wanted.max()} do not lie in an epoch of {num_samples} samples.")
     if not shuffle:
         return wanted
-    if blocks is not None and sum(blocks.sizes) != num_samples:
-        raise DataError(f"The blocks of a dataset of {num_samples} samples hold {sum(blocks.sizes)} of them.")
+    if blocks is not None and _ends(blocks)[-1] != num_samples:
+        raise DataError(f"The blocks of a dataset of {num_samples} samples hold {_ends(blocks)[-1]} of them.")
     if blocks is None or blocks.whole:
         return _permute(wanted, num_samples, _round_keys(seed, epoch))
     return _in_blocks(wanted, blocks, seed, epoch)

@@ -32,6 +32,9 @@ DAMAGED_TRIES = 3
 AHEAD_SECONDS = 5.0
 """How long reading ahead tries a source that gives nothing: whoever needs the shard tries it for all of `timeout`."""
 MAX_DOCUMENT_BYTES = 1 << 30
+ZSTD_BYTES = 4 << 10
+"""Unpacked at a time, for it has no bound of its own: a block of 4 bytes may stand for 128 KiB (RFC 8878, 3.1.1.2), so
+these for 128 MiB."""
 COMPRESSIONS = ("zstd", "gz", "bz2")
 
 
@@ -228,8 +231,8 @@ class _Zstd:
         self._one, self.eof = self._library.ZstdDecompressor().decompressobj(), False
 
     def pieces(self, data: bytes) -> Any:
-        for begin in range(0, len(data), 1 << 14):  # it has no bound for what comes out
-            rest = data[begin : begin + (1 << 14)]
+        for begin in range(0, len(data), ZSTD_BYTES):
+            rest = data[begin : begin + ZSTD_BYTES]
             while rest:
                 if self._one.eof:
                     self._one = self._library.ZstdDecompressor().decompressobj()
