@@ -11,25 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from trainfleet.net.credentials import Credentials
-    from trainfleet.net.listener import Listener
+    from trainfleet.net.service import Service
 
 _REFRESH_SECONDS = 0.5
 _PLAIN_SECONDS = 15.0
 _CLEAR = "\r\033[K"
-
-
-class Standing(Protocol):
-    """A service that was opened."""
-
-    @property
-    def listener(self) -> Listener | None: ...
-
-    @property
-    def credentials(self) -> Credentials: ...
 
 
 def credentials_for(
@@ -48,7 +38,7 @@ def credentials_for(
     return Credentials.make(folder=folder)
 
 
-def tell_place(service: Standing, names: Sequence[str], dials: Sequence[str]) -> None:
+def tell_place(service: Service[Any], names: Sequence[str], dials: Sequence[str]) -> None:
     """Whom it calls and where it listens, in lines."""
     for to in dials:
         print(f"{'calls':<11} {to if len(to) < 60 else to[:12] + '…'}", flush=True)
@@ -61,7 +51,7 @@ def tell_place(service: Standing, names: Sequence[str], dials: Sequence[str]) ->
         print(f"{'':<11} only this host can connect; --listen 0.0.0.0 lets others, by a token", flush=True)
 
 
-def reached_by(service: Standing, names: Sequence[str]) -> str:
+def reached_by(service: Service[Any], names: Sequence[str]) -> str:
     """What follows --feed on the other side: the token; the address where there is none to be had."""
     from trainfleet.net.address import Address
 

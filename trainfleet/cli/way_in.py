@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from trainfleet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from trainfleet.net.address import Address
     from trainfleet.net.entrance import Entrance
-    from trainfleet.net.token import Token
+    from trainfleet.net.service import Service
 
 HELP = "A way in where this host cannot be reached: ssh:ME@HOST[:PORT], ngrok, cloudflared (docs/net.md)."
-
-
-class Service(Protocol):
-    """What listens here."""
-
-    @property
-    def address(self) -> Address: ...
-
-    def token(self, addresses: Sequence[str | Address] = ()) -> Token: ...
 
 
 def check_way(tunnel: str | None, certs: Path | None = None) -> None:
@@ -37,7 +27,7 @@ def check_way(tunnel: str | None, certs: Path | None = None) -> None:
             raise ConfigError("--tunnel leads here by a token, and --certs gives none. Leave one of them out.")
 
 
-def opened_way(tunnel: str | None, service: Service, line: str) -> AbstractContextManager[Entrance | None]:
+def opened_way(tunnel: str | None, service: Service[Any], line: str) -> AbstractContextManager[Entrance | None]:
     """The way in, if there is to be one. If it has to move, `line` is printed again, with its new token."""
     if tunnel is None:
         return nullcontext()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from trainfleet.batch import Batch
@@ -15,8 +13,8 @@ from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.frames import Limits
 from trainfleet.net.guests import Guests
-from trainfleet.net.listener import Listener
 from trainfleet.net.reception import Reception
+from trainfleet.net.service import Service
 from trainfleet.net.structure import allow
 from trainfleet.net.token import Token
 from trainfleet.serve.offer import Offer
@@ -58,7 +56,7 @@ class Served(NamedTuple):
     """Of batches that are here."""
 
 
-class ModelService:
+class ModelService(Service[Session]):
     """Answers `validate` and `predict` of clients on other hosts; they have the data, and their place in it.
 
         ModelService(Predictor(model, device="cuda")).serve()
@@ -96,62 +94,28 @@ class ModelService:
             raise ConfigError(f"window_bytes is {window_bytes}; it must be more than nothing.")
         self.predictor = predictor
         self._classes, self._window_bytes, self._limits = allow(*classes), window_bytes, limits or Limits()
-        self.guests = Guests(
+        guests = Guests(
             self._receive,
             lambda session: session.run(),
             lambda session: (session.num_batches, session.num_rows, session.num_bytes),
             name="Client",
             most=MOST_CLIENTS,
         )
-        self.reception = Reception(
-            self.guests.meet, role=ROLE, guest=GUEST, address=address, dials=dials, via=via, credentials=credentials
+        super().__init__(
+            guests,
+            Reception(
+                guests.meet, role=ROLE, guest=GUEST, address=address, dials=dials, via=via, credentials=credentials
+            ),
         )
         self._turns: Turns | None = None
 
-    @property
-    def address(self) -> Address:
-        """Where it listens, with the port that was chosen for port 0."""
-        return self.reception.address
-
-    @property
-    def listener(self) -> Listener | None:
-        return self.reception.listener
-
-    @property
-    def credentials(self) -> Credentials:
-        return self.reception.credentials
-
-    def open(self) -> ModelService:
+    def _begin(self) -> None:
         self.offer = _offer_of(self.predictor, self._window_bytes)
         self._turns = Turns(self.predictor.answer)
-        try:
-            self.reception.open()
-        except BaseException:
-            self.close()
-            raise
-        return self
 
-    def serve(self) -> None:
-        with self.open(), suppress(KeyboardInterrupt):
-            self.reception.closing.wait()
-
-    def close(self) -> None:
-        """End all connections; what was asked may be asked of others. May be called twice."""
-        self.reception.stop()
-        self.guests.close()
+    def _end(self) -> None:
         if self._turns is not None:
             self._turns.close()
-        self.reception.close()
-
-    def token(self, addresses: Sequence[str | Address] = ()) -> Token:
-        """What a client needs to come in; `addresses`: as it calls this host."""
-        return self.reception.token(addresses)
-
-    def __enter__(self) -> ModelService:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @property
     def clients(self) -> list[str]:

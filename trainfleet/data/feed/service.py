@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import NamedTuple
 
 from trainfleet.data.crew import Workers
@@ -20,8 +19,8 @@ from trainfleet.net.channel import Channel
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.frames import Limits
 from trainfleet.net.guests import Guests
-from trainfleet.net.listener import Listener
 from trainfleet.net.reception import Reception
+from trainfleet.net.service import Service
 from trainfleet.net.token import Token
 
 
@@ -41,7 +40,7 @@ class Served(NamedTuple):
     """Epoch and position to which the farthest of the trainers that are here was fed; None where none is."""
 
 
-class DataService:
+class DataService(Service[Session]):
     """Makes the batches of `training`, and of `evaluation` where there is one, for whoever asks with our secret.
 
         DataService(LocalBatches(dataset, size=64, workers=32, transform=augment)).serve()
@@ -74,72 +73,38 @@ class DataService:
         streams = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
         self.stock = Stock(streams)
         self._workers, self._limits = training.crew, limits or Limits()
-        self.guests = Guests(
+        guests = Guests(
             self._receive,
             lambda session: session.run(self._words),
             lambda session: (session.num_units, session.num_bytes),
             name="Trainer",
         )
-        self.reception = Reception(
-            self.guests.meet,
-            role="feeder",
-            guest="trainer",
-            address=address,
-            dials=dials,
-            via=via,
-            credentials=credentials,
+        super().__init__(
+            guests,
+            Reception(
+                guests.meet,
+                role="feeder",
+                guest="trainer",
+                address=address,
+                dials=dials,
+                via=via,
+                credentials=credentials,
+            ),
         )
         self._times = Times()
         self._opened = ExitStack()
 
-    @property
-    def address(self) -> Address:
-        """Where it listens, with the port that was chosen for port 0."""
-        return self.reception.address
-
-    @property
-    def listener(self) -> Listener | None:
-        return self.reception.listener
-
-    @property
-    def credentials(self) -> Credentials:
-        return self.reception.credentials
-
-    def open(self) -> DataService:
+    def _begin(self) -> None:
         assert isinstance(self._workers, Workers)
         self.offers = self.stock.offers()
         words = {name: offer.to_plain() for name, offer in self.offers.items()}
         self._words = {"streams": words, "host": socket.gethostname(), "workers": max(1, self._workers.workers)}
         crew = replace(self._workers, maker=self.stock, workers=max(1, self._workers.workers))
-        try:
-            self._workshop = Workshop(crew)
-            self._opened.callback(self._workshop.close)
-            self.reception.open()
-        except BaseException:
-            self.close()
-            raise
-        return self
+        self._workshop = Workshop(crew)
+        self._opened.callback(self._workshop.close)
 
-    def serve(self) -> None:
-        with self.open(), suppress(KeyboardInterrupt):
-            self.reception.closing.wait()
-
-    def close(self) -> None:
-        """End all connections and workers; what was asked for is asked of others. May be called twice."""
-        self.reception.stop()
-        self.guests.close()
+    def _end(self) -> None:
         self._opened.close()
-        self.reception.close()
-
-    def token(self, addresses: Sequence[str | Address] = ()) -> Token:
-        """What a trainer needs to come in; `addresses`: as it calls this host."""
-        return self.reception.token(addresses)
-
-    def __enter__(self) -> DataService:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @property
     def trainers(self) -> list[str]:
