@@ -76,7 +76,7 @@ def test_ctrl_c_in_an_observer_is_not_swallowed():
 )
 def test_an_event_is_frozen_and_plain(cls):
     """Plain numbers and texts only, so that an observer can keep, print or send it."""
-    plain = {"int": 1, "float": 1.0, "str": "a", "bool": True, "Mapping": {"a": 1.0}}
+    plain = {"int": 1, "float": 1.0, "str": "a", "bool": True, "Mapping": {"a": 1.0}, "Sequence": [1]}
     values = {}
     for field in dataclasses.fields(cls):
         kind = str(field.type).split(" |")[0].split("[")[0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainfleet.serve import ModelService, RemoteModel, predict, validate
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
+    from trainfleet.tracks import track
     from trainfleet.training.launch import launch
     from trainfleet.training.train import train
     from trainfleet.training.trainer import Trainer
@@ -38,6 +39,7 @@ _HOMES = {
     "trainfleet.serve": ("ModelService", "RemoteModel", "predict", "validate"),
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
+    "trainfleet.tracks": ("track",),
     "trainfleet.training.launch": ("launch",),
     "trainfleet.training.train": ("train",),
     "trainfleet.training.trainer": ("Trainer",),
@@ -69,6 +71,7 @@ __all__ = [
     "open_store",
     "parallelize",
     "predict",
+    "track",
     "train",
     "validate",
     "verify",

@@ -7,7 +7,7 @@ observer can keep, print or send them; an observer that fails is logged once and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class StepEnded(Event):
     """Wall time of the whole step on this rank."""
     data_seconds: float
     """Of which this rank waited for batches."""
+    between_seconds: float = 0.0
+    """From the end of the step before until this one began, on this rank: evaluation, saves, observers."""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Where `between_seconds + seconds` went: seconds by phase (`stopwatch.PHASES`), which add up to them."""
     waits: Mapping[str, float] = field(default_factory=dict)
     """What it waited for, in seconds: source, transform, network; data: not known. Empty where nobody measured."""
     received_bytes: int = 0
@@ -63,6 +67,8 @@ class StepEnded(Event):
     loss_scale: float | None = None
     memory_bytes: int = 0
     """Resident memory of this process, or the peak allocation of its GPU."""
+    mfu: float | None = None
+    """Model FLOPs utilisation of all devices, of 1; None where it is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +86,63 @@ class Tracked(Event):
     step: int
     name: str
     value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RanksReported(Event):
+    """What each rank measured over the last steps."""
+
+    step: int
+    steps: int
+    """How many steps it is about, up to `step`."""
+    ranks: Sequence[Mapping[str, Any]]
+    """By rank: `host`, `device`, `seconds`, `phases` (seconds by phase of these steps), `memory_bytes`, `system`
+    (numbers of the machine, by name; empty where another rank of the host tells them)."""
+
+
+ANOMALIES = (
+    "loss_not_finite",
+    "gradient_not_finite",
+    "loss_spike",
+    "gradient_explosion",
+    "dead_units",
+    "throughput_drop",
+    "stalled_step",
+    "slow_rank",
+    "data_starvation",
+    "disk_filling",
+    "memory_growth",
+)
+"""Their kinds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnomalySeen(Event):
+    step: int
+    """The step under way: one that is skipped has it, one that is rolled back is taken again under it."""
+    kind: str
+    """One of ANOMALIES."""
+    what: str
+    """A sentence with the figures."""
+    policy: str
+    """What was done about it: warn, skip, rollback, stop."""
+    rank: int | None = None
+    """On which rank it arose; None where it is about all of them."""
+    module: str | None = None
+    """The first module that produced it, where that is known."""
+    samples: Sequence[int] | None = None
+    """The samples of the dataset that it arose from, where they are known."""
+    path: str | None = None
+    """What was saved for a replay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlertFired(Event):
+    step: int
+    alert: str
+    """As it stands in the recipe."""
+    value: float
+    """The one that it was about, as it is now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

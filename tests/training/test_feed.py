@@ -21,6 +21,7 @@ from trainfleet.errors import ConfigError, DataError, NotAdmitted, PeerError  # 
 from trainfleet.net.credentials import Credentials  # noqa: E402
 from trainfleet.net.token import Token  # noqa: E402
 from trainfleet.training import job  # noqa: E402
+from trainfleet.training.dry_run import check  # noqa: E402
 from trainfleet.training.feed import as_fed, refuse_unlike_feeders, service_of, without_tokens  # noqa: E402
 from trainfleet.training.recipe import Recipe  # noqa: E402
 from trainfleet.training.verify_recipe import verify_recipe  # noqa: E402
@@ -100,7 +101,7 @@ def test_each_of_two_ranks_asks_for_its_share(ranks: RankPools, path: Path, tmp_
 def test_check_and_verify_take_the_feeders_batches(path: Path, tmp_path: Path) -> None:
     recipe = read_job(path)
     with served(path) as service:
-        assert "data    remote: 90 samples" in job.check(fed(recipe, service), 2)
+        assert "data    remote: 90 samples" in check(fed(recipe, service), 2)
     assert not (tmp_path / "run").exists()
 
 
@@ -124,7 +125,7 @@ def test_a_token_is_not_written_down_with_a_run(path: Path) -> None:
     kept = [entry for entry in Path(recipe.folder).rglob("*") if entry.is_file()]
     assert kept and not any(token.encode() in entry.read_bytes() for entry in kept)
     with pytest.raises(ConfigError, match="not kept with a run"):
-        job.check(without_tokens(as_fed(recipe, feeders=[token])), 1)
+        check(without_tokens(as_fed(recipe, feeders=[token])), 1)
 
 
 def test_a_wrong_token_and_no_feeder_at_all_are_said(path: Path) -> None:
@@ -133,13 +134,13 @@ def test_a_wrong_token_and_no_feeder_at_all_are_said(path: Path) -> None:
     with served(path, credentials=credentials) as service:
         wrong = Credentials(secret=b"fedcba9876543210").token([service.address])
         with pytest.raises(NotAdmitted):
-            job.check(as_fed(recipe, feeders=[str(wrong)]), 1)
+            check(as_fed(recipe, feeders=[str(wrong)]), 1)
         gone = service.address
     with pytest.raises(PeerError, match=r"Waited 0.5 s for the first feeder.*port is closed"):
-        job.check(as_fed(recipe, feeders=[str(gone)], timeout=0.5), 1)
+        check(as_fed(recipe, feeders=[str(gone)], timeout=0.5), 1)
     nowhere = Token.make(["no-such-host.invalid:7"], fingerprint=bytes(32))
     with pytest.raises(PeerError, match="does not know that name"):
-        job.check(as_fed(recipe, feeders=[str(nowhere)], timeout=0.5), 1)
+        check(as_fed(recipe, feeders=[str(nowhere)], timeout=0.5), 1)
 
 
 def test_what_cannot_be_served_is_refused(path: Path) -> None:

@@ -183,14 +183,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         job.run(recipe(tmp_path / "file" / "run"))
 
 
-def test_check_says_what_would_be_trained_and_writes_nothing(tmp_path: Path) -> None:
-    lines = "\n".join(job.check(recipe(tmp_path / "run", plan={"zero": 2}), 4))
-    assert "zero=2 dp_replicate=1 dp_shard=4" in lines
-    assert "67 parameters" in lines
-    assert "64 samples" in lines
-    assert not (tmp_path / "run").exists()
-
-
 class Flaky:
     """A step function that fails where it is told to, and remembers nothing of it."""
 

@@ -151,8 +151,8 @@ def resumed_losses(folder: str, zero: int, precision: str) -> tuple[list[float],
         whole.fit(8)
         first, _ = trainer_of(mesh, plan, FileStore(folder), **options)
         first.fit(4)
-        assert first._checkpointer is not None
-        first._checkpointer.close()  # or its hold would keep the second one out
+        assert first._saves is not None
+        first._saves.checkpointer.close()  # or its hold would keep the second one out
         second, again = trainer_of(mesh, plan, FileStore(folder), **options)
         restored = second.restore()
         second.fit(8)

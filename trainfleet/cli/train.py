@@ -157,7 +157,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     log.setup("debug" if debug else "info")
     # It imports while the recipe is checked.
     with Preloaded(FOR_RANKS, threads=threads_per_rank(ranks.nproc)) as preloaded:
-        from trainfleet.training.job import check
+        from trainfleet.training.dry_run import check
 
         check(recipe, ranks.world_size)
         _refuse_folder_in_use(Path(recipe.folder))
@@ -199,7 +199,7 @@ def _refuse_folder_in_use(folder: Path) -> None:
 
 
 def _check_aloud(recipe: Recipe, world_size: int) -> None:
-    from trainfleet.training.job import check
+    from trainfleet.training.dry_run import check
 
     for line in check(recipe, world_size):
         print(line)

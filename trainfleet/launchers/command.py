@@ -49,7 +49,7 @@ def check_command(recipe: Recipe, command: Command, *, code_is_here: bool = True
     `code_is_here` is False where the model and the data can be imported on the hosts only.
     """
     if code_is_here:
-        from trainfleet.training.job import check
+        from trainfleet.training.dry_run import check
 
         check(recipe, command.world_size)
     else:

@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Update the parameters and forget the gradients. False where an overflow forbade the update."""
         ...
 
+    def skip(self) -> bool:
+        """Forget the gradients, and leave the parameters as they are; the step counts. False, as of `step`."""
+        ...
+
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """The loss sum over the batches of all ranks, without gradients; equally many batches on each."""
         ...
@@ -230,7 +234,7 @@ class NativeEngine:
         else:
             overflow = False
         if not overflow:
-            with phase("optimizer step", self.model, self.optimizer):
+            with phase("optimizer", self.model, self.optimizer):
                 self.optimizer.step()
             if not self._is_checked:
                 refuse_narrow_state(self.model.named_parameters(), self.optimizer)
@@ -239,6 +243,11 @@ class NativeEngine:
         self._clear_gradients()
         self.steps += 1
         return not overflow
+
+    def skip(self) -> bool:
+        self._clear_gradients()
+        self.steps += 1
+        return False
 
     def _clear_gradients(self) -> None:
         for parameter in self._usage.parameters:

@@ -13,15 +13,18 @@ from torch.optim import Optimizer
 from trainfleet.errors import OutOfMemory
 from trainfleet.parallel.spread import spread_of
 from trainfleet.plan import Plan
+from trainfleet.stopwatch import timed
 
+_IN = {"optimizer": "optimizer step"}
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
 def phase(name: str, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Turn torch's out-of-memory error inside into an `OutOfMemory` that names `name` as the phase."""
+    """Inside, time counts as `name`, one of `stopwatch.PHASES`; torch's error of memory becomes one that names it."""
     try:
-        yield
+        with timed(name):
+            yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
         if not _is_out_of_memory(exc):
             raise
@@ -40,8 +43,8 @@ def _explained(name: str, model: nn.Module, optimizer: Optimizer, cause: BaseExc
     holders = sorted(held_bytes(model, optimizer, on).items(), key=lambda item: -item[1])
     held = ", ".join(f"{holder} {size / 2**20:.0f} MiB" for holder, size in holders if size)
     return OutOfMemory(
-        f"Rank {spread.mesh.rank} ran out of memory on {spread.mesh.device} in {name}. Held there: {held or 'little'}. "
-        f"({(str(cause) or type(cause).__name__).splitlines()[0]})",
+        f"Rank {spread.mesh.rank} ran out of memory on {spread.mesh.device} in {_IN.get(name, name)}. "
+        f"Held there: {held or 'little'}. ({(str(cause) or type(cause).__name__).splitlines()[0]})",
         hint=f"In this order: {'; '.join(_remedies(spread.plan))}.",
     )
 

@@ -17,7 +17,7 @@ from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.config import to_plain, to_yaml
-from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, PlanError, StoreError
+from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, StoreError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
@@ -31,6 +31,7 @@ from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.progress import Progress
 from trainfleet.training.recipe import Recipe
+from trainfleet.training.watching import watchers_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +113,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
     from trainfleet.training.trainer import Trainer
 
     micro, accumulation, whole = recipe.batch.resolve(mesh.data_axes.size)
-    _refuse_schedule(recipe.plan, accumulation)
+    refuse_schedule(recipe.plan, accumulation)
     with ExitStack() as closing:
         folder = open_run_folder(recipe, mesh, closing)
         metadata = {"recipe": to_plain(without_tokens(recipe))}
@@ -138,7 +139,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             on_skip=tell,
             source=given.source,
         )
-        closing.callback(_close, batches)
+        closing.callback(close, batches)
         held_out = _open_evaluation(recipe, mesh, micro, given, closing)
         refuse_unlike_feeders(mesh.world, batches, held_out)
         checkpointer = _open_checkpointer(recipe, folder, mesh) if recipe.checkpoint.every else None
@@ -157,6 +158,8 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             checkpointer=checkpointer,
             save_every=recipe.checkpoint.every,
             observers=observers,
+            watchers=watchers_of(recipe, mesh, folder),
+            report_every=recipe.monitor.log_interval,
             prepare=prepare,
             step_fn=load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None,
             finish=_finish(recipe, model, mesh, folder),
@@ -169,7 +172,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         yield trainer
 
 
-def _refuse_schedule(plan: Plan, accumulation: int) -> None:
+def refuse_schedule(plan: Plan, accumulation: int) -> None:
     """PlanError where a pipeline's schedule cannot run with the micro-batches of a step."""
     if plan.pp > 1:
         from trainfleet.parallel.pipeline.schedules import refuse_micro_batches
@@ -183,7 +186,7 @@ def _example(recipe: Recipe, given: Given, size: int, prepare: Callable[..., Bat
     try:
         return prepare(next(batches)) if prepare is not None else next(batches)
     finally:
-        _close(batches)
+        close(batches)
 
 
 def _told_to_the_launcher() -> list[Observer]:
@@ -315,7 +318,7 @@ def _open_evaluation(recipe: Recipe, mesh: Mesh, micro: int, given: Given, closi
         training=given.source,
     )
     if batches is not None:
-        closing.callback(_close, batches)
+        closing.callback(close, batches)
     return batches
 
 
@@ -357,43 +360,6 @@ class _SkippedTeller:
             self.observers.emit(SamplesSkipped(count=count, example=example))
 
 
-def _close(stream: Any) -> None:
+def close(stream: Any) -> None:
     if hasattr(stream, "close"):
         stream.close()
-
-
-def check(recipe: Recipe, world_size: int) -> list[str]:
-    """What can be known without starting processes, in lines for a person; raises what is wrong.
-
-    The plan fits, the batch divides, the model builds (without memory), the data opens, the loss exists.
-    """
-    from trainfleet.parallel.deepspeed.choice import refuse_missing
-    from trainfleet.parallel.deferred import deferred
-
-    recipe = with_deepspeed_file(recipe)
-    refuse_missing(recipe.plan)
-    plan = recipe.plan.for_world(world_size)
-    ranks = plan.data_ranks(world_size)
-    micro, accumulation, whole = recipe.batch.resolve(ranks)
-    _refuse_schedule(plan, accumulation)
-    if micro % plan.microbatches:
-        raise PlanError(
-            f"plan.microbatches is {plan.microbatches}, which does not divide the {micro} samples of a micro-batch. "
-            f"Make batch.micro_batch a multiple of {plan.microbatches}."
-        )
-    model = deferred(lambda: build_model(replace(recipe, model=replace(recipe.model, deferred=False)), Given()))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    loss_by_name(recipe.loss)
-    stream = recipe.data.open_training(size=micro, rank=0, world_size=ranks)
-    samples = getattr(stream, "num_samples", None)
-    steps = recipe.train.steps_of(stream, accumulation)
-    next(iter(stream))
-    _close(stream)
-    return [
-        f"plan    {plan} on {world_size} process{'es' * (world_size != 1)}",
-        f"batch   {whole} samples a step: {micro} in a micro-batch x {accumulation} x {ranks}",
-        f"model   {recipe.model.name}: {parameters:,} parameters",
-        f"data    {recipe.data.source}" + (f": {samples:,} samples" if samples is not None else ""),
-        f"steps   {steps:,}",
-        f"folder  {recipe.folder}",
-    ]

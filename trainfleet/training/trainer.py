@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
-from trainfleet.checkpoint import Checkpointer, Save
-from trainfleet.errors import CheckpointError, ConfigError, PeerError, StoreError
+from trainfleet.checkpoint import Checkpointer
+from trainfleet.errors import ConfigError, PeerError, TrainfleetError
 from trainfleet.events import (
-    CheckpointFailed,
-    CheckpointSaved,
     Evaluated,
     Event,
     Noted,
@@ -30,14 +29,19 @@ from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
+from trainfleet.stopwatch import Stopwatch, timed
+from trainfleet.tracks import Tracks
 from trainfleet.training.anomaly import Anomalies
 from trainfleet.training.failure import note_step
-from trainfleet.training.last_save import refuse_unsaved_end
 from trainfleet.training.outcome import Outcome
+from trainfleet.training.rank_reports import RankReports
 from trainfleet.training.recipe import TrainConfig
+from trainfleet.training.rollbacks import Rollbacks
+from trainfleet.training.saves import Saves
 from trainfleet.training.schedule import ScheduleConfig, multiple
 from trainfleet.training.stop import StopVote
 from trainfleet.training.supply import Supply
+from trainfleet.training.watcher import Judgement, UnderWay, Watcher, Watchers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +56,9 @@ class Trainer:
         Trainer(model, optimizer, loss_fn, batches, mesh=mesh).fit(steps=10_000)
 
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
-    restore; observers that are Stateful are saved as well. `step_fn(engine, micro_batches) -> LossSum` takes the place
+    restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank; each
+    `report_every` steps all ranks tell what they measured, and with it the numbers of their machine that `system`
+    gives. `step_fn(engine, micro_batches) -> LossSum` takes the place
     of `engine.forward_backward`; `prepare(batch)` is called first, on the device. `finish` is called when all
     steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
     """
@@ -72,6 +78,9 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         save_every: int | None = None,
         observers: Sequence[Observer] = (),
+        watchers: Sequence[Watcher] = (),
+        report_every: int = 10,
+        system: Callable[[], Mapping[str, float]] | None = None,
         states: Mapping[str, Stateful] | None = None,
         prepare: Callable[[Batch], Batch] | None = None,
         step_fn: Callable[[Engine, Sequence[Batch]], LossSum] | None = None,
@@ -97,7 +106,11 @@ class Trainer:
         self._schedule = schedule or ScheduleConfig(name="constant")
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._evaluation = evaluation
-        self._checkpointer = checkpointer
+        self._saves = (
+            Saves(checkpointer, states=self._all_states, emit=self._emit, metadata=metadata or {})
+            if checkpointer is not None
+            else None
+        )
         self._save_every = save_every
         self._states = {**stateful_among(observers), **(states or {})}
         self._step_fn = step_fn or (lambda engine, micro_batches: engine.forward_backward(micro_batches))
@@ -108,11 +121,13 @@ class Trainer:
         self._evaluations_without_gain = 0
         self._last_evaluation: float | None = None
         self._evaluated_step = -1
-        self._saved_step = -1
-        self._saving: Save | None = None
-        self._save_error: CheckpointError | StoreError | None = None  # of the last save, if that failed
-        self._anomalies: Anomalies | None = None
-        self._is_prepared = checkpointer is None or save_every is None
+        self._rollbacks: Rollbacks | None = None
+        rolls_back = self.config.rollback_every is not None
+        self._watchers = Watchers([*([Anomalies(self.config)] if rolls_back else []), *watchers], self._emit)
+        self._tracks = Tracks()
+        self._reports = RankReports(mesh.world, self._tracks, every=report_every, device=mesh.device, system=system)
+        self._stopwatch = Stopwatch()
+        self._ended_at: float | None = None  # when the step before ended
         if self.config.evaluate_every and evaluation is None:
             raise ConfigError(
                 f"train.evaluate_every is {self.config.evaluate_every}, but there is nothing to evaluate on. "
@@ -139,18 +154,21 @@ class Trainer:
         try:
             if self.config.rollback_every is not None:
                 states = {name: state for name, state in self._all_states().items() if name != "data"}
-                self._anomalies = Anomalies(self.config, states)
-                self._anomalies.remember(self.step)
-            with StopVote(self.mesh.world) as vote:
+                self._rollbacks = Rollbacks(states, most=self.config.max_rollbacks)
+                self._rollbacks.remember(self.step)
+            with StopVote(self.mesh.world) as vote, self._stopwatch, self._tracks:
+                self._ended_at = time.perf_counter()
                 while self.step < steps and reason == "finished":
                     before = self.step
                     loss = self._take_step(steps, vote)
                     reason = self._after_step(steps, vote, went_on=self.step > before)
+                for event in self._reports.finish():
+                    self._emit(event)
             self._save_last()
             if reason != "interrupted":
                 summary = self._summary()
-            if self._checkpointer is not None:
-                refuse_unsaved_end(self._checkpointer, self.mesh.world, self.step, self._save_error)
+            if self._saves is not None:
+                self._saves.refuse_unsaved_end(self.mesh.world, self.step)
         except BaseException as exc:
             note_step(exc, self.step)
             reason = "interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
@@ -160,6 +178,7 @@ class Trainer:
             seconds = time.monotonic() - started
             ended = RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary, lost_peer=lost_peer)
             self._emit(ended)
+            self._watchers.close()
         return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._last_evaluation)
 
     def _after_step(self, steps: int, vote: StopVote, *, went_on: bool) -> str:
@@ -167,12 +186,12 @@ class Trainer:
 
         After a rollback (not `went_on`) nothing is due: it was done when the run first came to that step.
         """
-        if self._saving is not None and self._saving.done:
-            self._tell_how_the_save_ended()
-        if not self._is_prepared:
-            self._prepare_saves()
-        if vote.says_stop():
-            return "interrupted"
+        if self._saves is not None and self._save_every is not None:
+            self._saves.tell()
+            self._saves.prepare()
+        with timed("communication"):
+            if vote.says_stop():
+                return "interrupted"
         if not went_on:
             return "finished"
         every = self.config.evaluate_every
@@ -182,8 +201,9 @@ class Trainer:
             return "stopped early"
         if self._is_due(self._save_every):
             self.save()
-        if self._anomalies is not None and self._is_due(self.config.rollback_every):
-            self._anomalies.remember(self.step)
+        if self._rollbacks is not None and self._is_due(self.config.rollback_every):
+            with timed("checkpoint"):
+                self._rollbacks.remember(self.step)
         return "finished"
 
     def _summary(self) -> dict[str, float | str]:
@@ -201,48 +221,75 @@ class Trainer:
 
     def _take_step(self, steps: int, vote: StopVote) -> float:
         begun = time.perf_counter()
-        micro_batches = self._supply.take(self.step)
+        self._tracks.step = self.step + 1
+        with timed("data"):
+            micro_batches = self._supply.take(self.step)
+        self._watchers.begin(self.step + 1, micro_batches)
         rate = self._set_rate(steps)
         vote.begin()
         loss = self._step_fn(self.engine, micro_batches)
         norm = self.engine.clip(self.config.clip_norm)
         scale = getattr(self.engine, "loss_scale", None)
-        if self._anomalies is not None and (what := self._anomalies.seen_in(loss.mean, norm, scale)):
-            self._roll_back(what)
+        judgement = self._judge(micro_batches, loss.mean, norm, scale)
+        if judgement is not None and judgement.policy == "rollback":
+            self._roll_back(judgement.what)
             return loss.mean
-        updated = self.engine.step()
+        skips = judgement is not None and judgement.policy == "skip"
+        updated = self.engine.skip() if skips else self.engine.step()
         self.step += 1
         if self.ema is not None and updated:
             self.ema.update()
         if self._is_due(self.config.check_replicas_every):
             check_replicas(self.model)
         samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.data_axes.size
-        self._emit(
-            StepEnded(
-                step=self.step,
-                loss=loss.mean,
-                learning_rate=rate,
-                grad_norm=norm,
-                samples=samples,
-                # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
-                tokens=max(samples, round(loss.weight)),
-                seconds=time.perf_counter() - begun,
-                data_seconds=self._supply.seconds,
-                waits=self._supply.waits,
-                received_bytes=self._supply.received_bytes,
-                ready=self._supply.ready,
-                skipped=not updated,
-                loss_scale=scale,
-                memory_bytes=used_bytes(self.mesh.device),
-            )
+        now = time.perf_counter()
+        between, self._ended_at = begun - (self._ended_at or begun), now
+        ended = StepEnded(
+            step=self.step,
+            loss=loss.mean,
+            learning_rate=rate,
+            grad_norm=norm,
+            samples=samples,
+            # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
+            tokens=max(samples, round(loss.weight)),
+            seconds=now - begun,
+            data_seconds=self._supply.seconds,
+            between_seconds=between,
+            phases=self._stopwatch.take(),
+            waits=self._supply.waits,
+            received_bytes=self._supply.received_bytes,
+            ready=self._supply.ready,
+            skipped=not updated,
+            loss_scale=scale,
+            memory_bytes=used_bytes(self.mesh.device),
         )
+        self._watchers.end(ended)
+        self._emit(ended)
+        for event in self._reports.add(ended):
+            self._emit(event)
         return loss.mean
+
+    def _judge(self, micro_batches: Sequence[Batch], loss: float, norm: float, scale: float | None) -> Judgement | None:
+        """What the watchers say of the step before its update; TrainfleetError where that is to stop the run."""
+        under_way = UnderWay(
+            step=self.step + 1,
+            micro_batches=micro_batches,
+            engine=self.engine,
+            loss=loss,
+            grad_norm=norm,
+            loss_scale=scale,
+        )
+        judgement = self._watchers.judge(under_way)
+        if judgement is not None and judgement.policy == "stop":
+            self._save_last()
+            raise TrainfleetError(f"{judgement.what} in step {self.step + 1}, and the run was told to stop for it.")
+        return judgement
 
     def _roll_back(self, what: str) -> None:
         """Go back to the last copy; the batches that led here are left out, for the stream goes on where it is."""
-        assert self._anomalies is not None
+        assert self._rollbacks is not None
         failed = self.step + 1
-        step = self._anomalies.go_back(failed, what)
+        step = self._rollbacks.go_back(failed, what)
         self._emit(Noted(step=step, title="rollback", text=f"{what} in step {failed}; back to step {step}"))
         self._emit(Restored(step=step, path="memory"))
 
@@ -263,10 +310,7 @@ class Trainer:
         if self._evaluation is None:
             raise ConfigError("There is nothing to evaluate on; give the Trainer `evaluation`.")
         begun = time.perf_counter()
-        if self.ema is not None:
-            with self.ema.applied():
-                loss = self.engine.evaluate(self._evaluation())
-        else:
+        with timed("evaluation"), self.ema.applied() if self.ema is not None else nullcontext():
             loss = self.engine.evaluate(self._evaluation())
         self._last_evaluation, self._evaluated_step = loss.mean, self.step
         self._emit(Evaluated(step=self.step, loss=loss.mean, seconds=time.perf_counter() - begun))
@@ -284,28 +328,9 @@ class Trainer:
 
     # checkpoints
 
-    def _prepare_saves(self) -> None:
-        """After the first step, when all states have their size: get what saves need, so that none of them waits."""
-        assert self._checkpointer is not None
-        self._is_prepared = True
-        try:
-            self._checkpointer.prepare(**self._all_states())
-        except (CheckpointError, StoreError) as exc:
-            self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
-
     def save(self) -> None:
         """Begin a checkpoint of this step; how the one before ended is told to the observers."""
-        if self._checkpointer is None:
-            raise ConfigError("There is no checkpointer to save with; give the Trainer `checkpointer`.")
-        self._tell_how_the_save_ended()
-        try:
-            self._saving = self._checkpointer.save(
-                self.step, metadata=self._metadata, metrics=self._metrics(), **self._all_states()
-            )
-        except (CheckpointError, StoreError) as exc:
-            self._save_error = exc
-            self._emit(CheckpointFailed(step=self.step, reason=str(exc)))
-        self._saved_step = self.step
+        self._needed_saves("save with").save(self.step, self._metrics())
 
     def _metrics(self) -> dict[str, float]:
         """What was measured at this very step."""
@@ -314,46 +339,25 @@ class Trainer:
         return {"loss": self._last_evaluation}
 
     def _save_last(self) -> None:
-        if self._checkpointer is None or self._save_every is None:
-            return
-        if self._saved_step != self.step:
-            self.save()
-        self._tell_how_the_save_ended()
-
-    def _tell_how_the_save_ended(self) -> None:
-        save, self._saving = self._saving, None
-        if save is None:
-            return
-        try:
-            save.wait()
-        except CheckpointError as exc:
-            self._save_error = exc
-            self._emit(CheckpointFailed(step=save.step, reason=str(exc)))
-        else:
-            self._save_error = None
-            self._emit(CheckpointSaved(step=save.step, path=save.path, seconds=save.blocked.total_seconds()))
+        if self._saves is not None and self._save_every is not None:
+            self._saves.save_last(self.step, self._metrics())
 
     def restore(self, *, cast: bool = False) -> int | None:
         """Go on from the newest whole checkpoint: its step, or None if there is none. `cast` allows other dtypes."""
-        if self._checkpointer is None:
-            raise ConfigError("There is no checkpointer to restore from; give the Trainer `checkpointer`.")
-        step = self._checkpointer.restore(None, partial=False, cast=cast, **self._all_states())
-        if step is not None:
-            self._saved_step = step
-            self._emit(Restored(step=step, path=self._checkpointer.place(step)))
-        return step
+        return self._needed_saves("restore from").restore(cast=cast)
 
     def has_checkpoint(self) -> bool:
         """Whether anything was committed that `restore` could go on from; whether it is whole, `restore` finds out."""
-        return self._checkpointer is not None and self._checkpointer.has_checkpoint()
+        return self._saves is not None and self._saves.checkpointer.has_checkpoint()
 
     def reset(self) -> None:
         """Remove every checkpoint. Nothing else ever does, and the model stays as it is; all ranks call it."""
-        if self._checkpointer is None:
-            raise ConfigError("There are no checkpoints to remove; give the Trainer `checkpointer`.")
-        self._saving = None
-        self._checkpointer.reset()
-        self._saved_step = -1
+        self._needed_saves("remove checkpoints of").reset()
+
+    def _needed_saves(self, purpose: str) -> Saves:
+        if self._saves is None:
+            raise ConfigError(f"There is no checkpointer to {purpose}; give the Trainer `checkpointer`.")
+        return self._saves
 
     def _all_states(self) -> dict[str, Stateful]:
         """What a checkpoint holds: all that the next step depends on, and what observers remember."""
@@ -387,4 +391,5 @@ class Trainer:
         )
 
     def _emit(self, event: Event) -> None:
-        self.observers.emit(event)
+        with timed("observers"):
+            self.observers.emit(event)

@@ -173,15 +173,18 @@ class DeepSpeedEngine:
             overflow = not torch.isfinite(torch.tensor(norm)).item()
             self.scaler.update(overflow=overflow)
             if overflow:
-                self._forget_gradients()
-                self.steps += 1
-                return False
-        with phase("optimizer step", self.model, self.optimizer):
+                return self.skip()
+        with phase("optimizer", self.model, self.optimizer):
             updated = self._step_of_deepspeed()
         self._is_checked = True
         self._has_gradients = False
         self.steps += 1
         return updated
+
+    def skip(self) -> bool:
+        self._forget_gradients()
+        self.steps += 1
+        return False
 
     def _step_of_deepspeed(self) -> bool:
         if self._zero is None:

@@ -1,0 +1,107 @@
+"""Stopwatch: where the time of a step goes. A moment belongs to the innermost phase that is open, and to no other.
+
+    with Stopwatch() as watch:
+        with timed("forward"):
+            ...
+            with timed("communication"):    # the forward stands still for as long
+                ...
+        watch.take()                        # {"forward": 0.031, "communication": 0.004, "other": 0.001, ...}
+
+The phases that `take` gives add up to the time since the `take` before.
+"""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter
+from types import TracebackType
+
+PHASES = (
+    "data",
+    "transfer",
+    "forward",
+    "backward",
+    "communication",
+    "optimizer",
+    "evaluation",
+    "checkpoint",
+    "observers",
+    "other",
+)
+"""In the order of a step. `data` waits for batches, `transfer` brings them to the device, `communication` waits for
+other ranks, `checkpoint` is what a save takes of the loop, `other` is the loop itself."""
+WHOLE = ("evaluation", "checkpoint", "observers")
+"""Phases inside these are theirs."""
+
+
+class _Running(threading.local):
+    """A rank is a process, or a thread: each has its own."""
+
+    watch: Stopwatch | None = None
+
+
+_running = _Running()
+
+
+class Stopwatch:
+    """Runs while it is entered, for the thread that entered it."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._open: list[str] = ["other"]
+        self._since = perf_counter()
+        self._before: Stopwatch | None = None
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last `take`, or since it was entered; open phases go on."""
+        self._count()
+        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return taken
+
+    @property
+    def phase(self) -> str:
+        """The innermost that is open; another thread may ask."""
+        return self._open[-1]
+
+    def open(self, phase: str) -> None:
+        self._count()
+        self._open.append(self._open[-1] if self._open[-1] in WHOLE else phase)
+
+    def close(self) -> None:
+        self._count()
+        self._open.pop()
+
+    def _count(self) -> None:
+        now = perf_counter()
+        self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def __enter__(self) -> Stopwatch:
+        self._before, _running.watch = _running.watch, self
+        self._open, self._since = ["other"], perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _running.watch = self._before
+
+
+class timed:
+    """Inside, time belongs to `phase`, one of PHASES, if a Stopwatch runs in this thread; else it costs nothing."""
+
+    __slots__ = ("_phase", "_watch")
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._watch = _running.watch
+        if self._watch is not None:
+            self._watch.open(self._phase)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watch is not None:
+            self._watch.close()
