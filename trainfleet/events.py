@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trainfleet.stopwatch import timed
+
 logger = logging.getLogger(__name__)
 
 
@@ -210,18 +212,22 @@ class Observers:
         self._observers.append(observer)
 
     def emit(self, event: Event) -> None:
-        for observer in self._observers:
-            try:
-                observer.on_event(event)
-            except Exception:
-                if id(observer) not in self._failed:
-                    self._failed.add(id(observer))
-                    logger.warning(
-                        "Observer %s failed on %s; the run goes on, and further failures of it are not shown.",
-                        type(observer).__name__,
-                        type(event).__name__,
-                        exc_info=True,
-                    )
+        with timed("observers"):
+            for observer in self._observers:
+                self._tell(observer, event)
+
+    def _tell(self, observer: Observer, event: Event) -> None:
+        try:
+            observer.on_event(event)
+        except Exception:
+            if id(observer) not in self._failed:
+                self._failed.add(id(observer))
+                logger.warning(
+                    "Observer %s failed on %s; the run goes on, and further failures of it are not shown.",
+                    type(observer).__name__,
+                    type(event).__name__,
+                    exc_info=True,
+                )
 
     def close(self) -> None:
         """Close those that can be closed."""

@@ -28,31 +28,30 @@ class Full(MemoryStore):
         return super().put(*args, **kwargs)
 
 
-def saves_in(store: MemoryStore) -> tuple[Saves, list[Event], Held]:
+def saves_in(store: MemoryStore) -> tuple[Saves, list[Event], dict[str, Held]]:
     told: list[Event] = []
-    held = Held(w=np.ones(2))
-    saves = Saves(Checkpointer(store), states=lambda: {"m": held}, emit=told.append, metadata={})
-    return saves, told, held
+    saves = Saves(Checkpointer(store), emit=told.append, metadata={})
+    return saves, told, {"m": Held(w=np.ones(2))}
 
 
 def test_saves_are_told_when_they_have_ended() -> None:
-    saves, told, _ = saves_in(MemoryStore())
-    saves.prepare()
-    saves.save(3, {"loss": 1.0})
-    saves.save_last(5, {})
-    saves.save_last(5, {})
+    saves, told, states = saves_in(MemoryStore())
+    saves.prepare(states)
+    saves.save(3, states, {"loss": 1.0})
+    saves.save_last(5, states, {})
+    saves.save_last(5, states, {})
     assert [event.step for event in told if isinstance(event, CheckpointSaved)] == [3, 5]
     assert saves.checkpointer.steps() == [3, 5]
 
 
 def test_what_was_saved_last_is_restored() -> None:
     store = MemoryStore()
-    saves, _, _ = saves_in(store)
-    assert saves.restore(cast=False) is None
-    saves.save_last(3, {})
+    saves, _, states = saves_in(store)
+    assert saves.restore(states, cast=False) is None
+    saves.save_last(3, states, {})
     saves.checkpointer.close()
-    anew, told, _ = saves_in(store)
-    assert anew.restore(cast=False) == anew.step == 3
+    anew, told, states = saves_in(store)
+    assert anew.restore(states, cast=False) == anew.step == 3
     assert [event.step for event in told if isinstance(event, Restored)] == [3]
     anew.reset()
     assert anew.step is None and anew.checkpointer.steps() == []
@@ -61,11 +60,11 @@ def test_what_was_saved_last_is_restored() -> None:
 def test_all_ranks_hear_what_one_could_not_save() -> None:
     def end(group: Group) -> tuple[str | None, int]:
         store = Full()
-        saves, told, _ = saves_in(store)
-        saves.save(3, {})
+        saves, told, states = saves_in(store)
+        saves.save(3, states, {})
         saves.tell()
         store.is_full = group.rank == 1
-        saves.save_last(5, {})
+        saves.save_last(5, states, {})
         assert any(isinstance(event, CheckpointFailed) for event in told) == store.is_full
         newest = 3 if group.rank == 1 else 5
         with pytest.raises(NotSaved, match=rf"after step 5, but .*full.* of step {newest}") as refused:
@@ -90,9 +89,9 @@ def test_a_store_that_has_vanished_does_not_hide_the_reason() -> None:
 
     def end(group: Group) -> None:
         store = Gone()
-        saves, _, _ = saves_in(store)
+        saves, _, states = saves_in(store)
         store.is_full = True
-        saves.save_last(5, {})
+        saves.save_last(5, states, {})
         store.is_gone = True
         with pytest.raises(NotSaved, match=r"full.* cannot be seen: The folder vanished"):
             saves.refuse_unsaved_end(group, 5)

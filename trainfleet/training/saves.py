@@ -14,45 +14,40 @@ from trainfleet.stopwatch import timed
 
 
 class Saves:
-    """Begins saves of what `states` gives, and tells `emit` how they ended. A failed one does not stop the run."""
+    """Begins saves, and tells `emit` how they ended. A failed one does not stop the run."""
 
     def __init__(
         self,
         checkpointer: Checkpointer,
         *,
-        states: Callable[[], Mapping[str, Stateful]],
         emit: Callable[[Event], None],
         metadata: Mapping[str, Any],
     ) -> None:
         self.checkpointer = checkpointer
         self.step: int | None = None
         """Of the last save that was begun, or of what was restored."""
-        self._states = states
         self._emit = emit
         self._metadata = metadata
-        self._is_prepared = False
+        self.is_prepared = False
+        """Whether the first save will find what it needs."""
         self._under_way: Save | None = None
         self._failed: CheckpointError | StoreError | None = None  # why the last save failed, if it did
 
-    def prepare(self) -> None:
-        """Once, when all states have their size: get what saves need, so that none of them waits."""
-        if self._is_prepared:
-            return
-        self._is_prepared = True
+    def prepare(self, states: Mapping[str, Stateful]) -> None:
+        """When all `states` have their size: get what saves need, so that none of them waits."""
+        self.is_prepared = True
         with timed("checkpoint"):
             try:
-                self.checkpointer.prepare(**self._states())
+                self.checkpointer.prepare(**states)
             except (CheckpointError, StoreError) as exc:
                 self._emit(CheckpointFailed(step=0, reason=str(exc)))
 
-    def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Begin a checkpoint; `metrics` are what was measured at this very step."""
+    def save(self, step: int, states: Mapping[str, Stateful], metrics: Mapping[str, float]) -> None:
+        """Begin a checkpoint of `states`; `metrics` are what was measured at this very step."""
         with timed("checkpoint"):
             self._tell_the_end()
             try:
-                self._under_way = self.checkpointer.save(
-                    step, metadata=self._metadata, metrics=metrics, **self._states()
-                )
+                self._under_way = self.checkpointer.save(step, metadata=self._metadata, metrics=metrics, **states)
             except (CheckpointError, StoreError) as exc:
                 self._failed = exc
                 self._emit(CheckpointFailed(step=step, reason=str(exc)))
@@ -63,16 +58,16 @@ class Saves:
         if self._under_way is not None and self._under_way.done:
             self._tell_the_end()
 
-    def save_last(self, step: int, metrics: Mapping[str, float]) -> None:
+    def save_last(self, step: int, states: Mapping[str, Stateful], metrics: Mapping[str, float]) -> None:
         """Save where the run ends, unless that was done; returns when it has ended."""
         if self.step != step:
-            self.save(step, metrics)
+            self.save(step, states, metrics)
         with timed("checkpoint"):
             self._tell_the_end()
 
-    def restore(self, *, cast: bool) -> int | None:
-        """Go on from the newest whole checkpoint: its step, or None if there is none."""
-        step = self.checkpointer.restore(None, partial=False, cast=cast, **self._states())
+    def restore(self, states: Mapping[str, Stateful], *, cast: bool) -> int | None:
+        """Go on with `states` from the newest whole checkpoint: its step, or None if there is none."""
+        step = self.checkpointer.restore(None, partial=False, cast=cast, **states)
         if step is not None:
             self.step = step
             self._emit(Restored(step=step, path=self.checkpointer.place(step)))

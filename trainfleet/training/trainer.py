@@ -107,9 +107,7 @@ class Trainer:
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._evaluation = evaluation
         self._saves = (
-            Saves(checkpointer, states=self._all_states, emit=self._emit, metadata=metadata or {})
-            if checkpointer is not None
-            else None
+            Saves(checkpointer, emit=self.observers.emit, metadata=metadata or {}) if checkpointer is not None else None
         )
         self._save_every = save_every
         self._states = {**stateful_among(observers), **(states or {})}
@@ -123,7 +121,7 @@ class Trainer:
         self._evaluated_step = -1
         self._rollbacks: Rollbacks | None = None
         rolls_back = self.config.rollback_every is not None
-        self._watchers = Watchers([*([Anomalies(self.config)] if rolls_back else []), *watchers], self._emit)
+        self._watchers = Watchers([*([Anomalies(self.config)] if rolls_back else []), *watchers], self.observers.emit)
         self._tracks = Tracks()
         self._reports = RankReports(mesh.world, self._tracks, every=report_every, device=mesh.device, system=system)
         self._stopwatch = Stopwatch()
@@ -188,7 +186,8 @@ class Trainer:
         """
         if self._saves is not None and self._save_every is not None:
             self._saves.tell()
-            self._saves.prepare()
+            if not self._saves.is_prepared:
+                self._saves.prepare(self._all_states())
         with timed("communication"):
             if vote.says_stop():
                 return "interrupted"
@@ -330,7 +329,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of this step; how the one before ended is told to the observers."""
-        self._needed_saves("save with").save(self.step, self._metrics())
+        self._needed_saves("save with").save(self.step, self._all_states(), self._metrics())
 
     def _metrics(self) -> dict[str, float]:
         """What was measured at this very step."""
@@ -340,11 +339,11 @@ class Trainer:
 
     def _save_last(self) -> None:
         if self._saves is not None and self._save_every is not None:
-            self._saves.save_last(self.step, self._metrics())
+            self._saves.save_last(self.step, self._all_states(), self._metrics())
 
     def restore(self, *, cast: bool = False) -> int | None:
         """Go on from the newest whole checkpoint: its step, or None if there is none. `cast` allows other dtypes."""
-        return self._needed_saves("restore from").restore(cast=cast)
+        return self._needed_saves("restore from").restore(self._all_states(), cast=cast)
 
     def has_checkpoint(self) -> bool:
         """Whether anything was committed that `restore` could go on from; whether it is whole, `restore` finds out."""
@@ -391,5 +390,4 @@ class Trainer:
         )
 
     def _emit(self, event: Event) -> None:
-        with timed("observers"):
-            self.observers.emit(event)
+        self.observers.emit(event)
