@@ -29,6 +29,16 @@ def test_values_of_steps_and_ranks_are_reduced_as_declared() -> None:
     assert told(first, second) == {"m": (7, 4.0), "s": (7, 3.0), "hi": (7, 9.0), "lo": (7, 4.0)}
 
 
+def test_a_mean_weighs_its_values() -> None:
+    first, second = Tracks(), Tracks()
+    first.add("accuracy", 0.5, weight=30)
+    second.add("accuracy", 1.0, weight=10)
+    second.add("nothing", 1.0, weight=0)
+    found = reduced([first.take(), second.take()])
+    assert found["accuracy"] == (0, 0.625)
+    assert math.isnan(found["nothing"][1])
+
+
 def test_ranks_may_tell_different_names() -> None:
     assert told([("a", 1.0, "mean")], [("b", 2.0, "mean")], []) == {"a": (7, 1.0), "b": (7, 2.0)}
 
@@ -55,7 +65,7 @@ def test_a_tensor_is_kept_without_its_graph() -> None:
     tracks = Tracks()
     tracks.add("x", torch.ones((), requires_grad=True) * 2)
     (waiting,) = tracks._waiting.values()
-    assert not waiting[0].requires_grad
+    assert not waiting[0][0].requires_grad
 
 
 @pytest.mark.parametrize("value", ["high", None, [1, 2], np.ones(3), {"a": 1}])
@@ -88,6 +98,12 @@ def test_names_and_waiting_values_are_bounded(caplog: pytest.LogCaptureFixture) 
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="reduce='median'; use one of mean, sum, max, min"):
         Tracks().add("x", 1.0, reduce="median")  # type: ignore[arg-type]
+
+
+def test_a_rank_that_computes_what_another_does_tells_nothing() -> None:
+    with Tracks(counts=False) as tracks:
+        track("x", 1.0)
+    assert tracks.take() == []
 
 
 def test_track_tells_the_tracks_that_are_open_and_nobody_else() -> None:

@@ -4,8 +4,8 @@
         track("accuracy", (output.argmax(-1) == batch["label"]).float().mean())
         return cross_entropy(output, batch["label"])
 
-A number that is told several times between two reports counts once for each, under `mean` and `sum`. A tensor may
-stay on its device: it is looked at only when the report is made.
+A number that is told several times between two reports counts each time, under `mean` and `sum`. A tensor may stay on
+its device: it is looked at only when the report is made. What is told in an evaluation belongs to that evaluation.
 """
 
 from __future__ import annotations
@@ -35,31 +35,37 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def track(name: str, value: Any, step: int | None = None, *, reduce: Reduce = "mean") -> None:
+def track(name: str, value: Any, step: int | None = None, *, reduce: Reduce = "mean", weight: float = 1.0) -> None:
     """Tell a number to the run that this thread is in; outside of one nothing happens.
 
     `value` is a number, or an array or a tensor of one element; what is none is left out with one warning. `step` is
     the step under way unless given. `reduce` says what becomes of the values of all ranks, and of several since the
-    last report: their mean (each value weighs the same), sum, largest or smallest.
+    last report: their mean, to which each adds by its `weight` (such as its number of samples, where batches are not
+    alike), sum, largest or smallest.
     """
     if _open.tracks is not None:
-        _open.tracks.add(name, value, step, reduce)
+        _open.tracks.add(name, value, step, reduce, weight)
 
 
 class Tracks:
     """The numbers told on this rank since they were last taken; entered, it is what `track` tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, counts: bool = True) -> None:
+        """Without `counts` nothing is kept: another rank computes the same, and tells it."""
+        self._counts = counts
         self.step = 0
         """The step under way."""
         self.left_out = 0
         """Values that were no numbers, or of names beyond MAX_NAMES."""
-        self._waiting: dict[tuple[str, Reduce], list[Any]] = {}
+        self._waiting: dict[tuple[str, Reduce], list[tuple[Any, float]]] = {}
         self._steps: dict[tuple[str, Reduce], int] = {}
-        self._sums: dict[tuple[str, Reduce], list[float]] = {}  # [sum, count, largest, smallest]
+        self._sums: dict[tuple[str, Reduce], list[float]] = {}  # [sum, weight, largest, smallest]
         self._before: Tracks | None = None
 
-    def add(self, name: str, value: Any, step: int | None = None, reduce: Reduce = "mean") -> None:
+    def add(self, name: str, value: Any, step: int | None = None, reduce: Reduce = "mean", weight: float = 1.0) -> None:
+        """See `track`."""
+        if not self._counts:
+            return
         if reduce not in REDUCTIONS:
             raise ValueError(f"track({name!r}) has reduce={reduce!r}; use one of {', '.join(REDUCTIONS)}.")
         key = (str(name), reduce)
@@ -70,12 +76,12 @@ class Tracks:
             value = value.detach()  # the graph behind it would stay
         self._steps[key] = self.step if step is None else step
         waiting = self._waiting.setdefault(key, [])
-        waiting.append(value)
+        waiting.append((value, weight if reduce == "mean" else 1.0))
         if len(waiting) >= MAX_WAITING:
             self._look_at(key)
 
     def take(self) -> list[list[Any]]:
-        """[name, reduce, step, sum, count, largest, smallest] of each name, as JSON can hold it; forgets them."""
+        """[name, reduce, step, weighted sum, weight, largest, smallest] of each name, for JSON; forgets them."""
         for key in list(self._waiting):
             self._look_at(key)
         taken = [[*key, self._steps[key], *map(_as_json, sums)] for key, sums in self._sums.items()]
@@ -84,7 +90,7 @@ class Tracks:
         return taken
 
     def _look_at(self, key: tuple[str, Reduce]) -> None:
-        for value in self._waiting.pop(key):
+        for value, weight in self._waiting.pop(key):
             try:
                 number = float(value.item() if hasattr(value, "item") else value)
             except (TypeError, ValueError, RuntimeError) as exc:
@@ -93,8 +99,8 @@ class Tracks:
                 self._leave_out(key[0], f"is {kind}, not a number ({exc}); give its mean, or one element")
                 continue
             sums = self._sums.setdefault(key, [0.0, 0.0, -math.inf, math.inf])
-            sums[0] += number
-            sums[1] += 1
+            sums[0] += number * weight
+            sums[1] += weight
             sums[2] = number if math.isnan(number) else max(sums[2], number)
             sums[3] = number if math.isnan(number) else min(sums[3], number)
 
@@ -119,10 +125,10 @@ def reduced(of_ranks: Sequence[Sequence[Sequence[Any]]]) -> dict[str, tuple[int,
     steps: dict[tuple[str, str], int] = {}
     for taken in of_ranks:
         for name, reduce, step, *numbers in taken:
-            total, count, largest, smallest = map(_as_float, numbers)
+            total, weight, largest, smallest = map(_as_float, numbers)
             held = sums.setdefault((name, reduce), [0.0, 0.0, -math.inf, math.inf])
             held[0] += total
-            held[1] += count
+            held[1] += weight
             held[2] = largest if math.isnan(largest) else max(held[2], largest)
             held[3] = smallest if math.isnan(smallest) else min(held[3], smallest)
             steps[name, reduce] = max(step, steps.get((name, reduce), step))
@@ -130,8 +136,8 @@ def reduced(of_ranks: Sequence[Sequence[Sequence[Any]]]) -> dict[str, tuple[int,
 
 
 def _value(reduce: str, held: Sequence[float]) -> float:
-    total, count, largest, smallest = held
-    return {"mean": total / count, "sum": total, "max": largest, "min": smallest}[reduce]
+    total, weight, largest, smallest = held
+    return {"mean": total / weight if weight else math.nan, "sum": total, "max": largest, "min": smallest}[reduce]
 
 
 _NOT_FINITE: Mapping[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

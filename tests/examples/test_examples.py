@@ -79,6 +79,12 @@ def test_zero_shows_what_a_process_holds(tmp_path: Path) -> None:
     assert held[0]["optimizer state"] > 1.9 * held[1]["optimizer state"]
 
 
+def test_own_metric_is_that_of_training_and_of_evaluation(tmp_path: Path) -> None:
+    said = run(python("own_metric.py"), tmp_path)
+    assert re.search(r"track +100/100 +accuracy 0\.[89]", said)
+    assert re.search(r"eval +100/100 +validation 0\.\d+ +accuracy 0\.9", said)
+
+
 def test_own_callback_tells_its_own_metric(tmp_path: Path) -> None:
     assert re.search(r"track +100/100 +images 3200", run(python("own_callback.py"), tmp_path))
 

@@ -25,11 +25,13 @@ from trainfleet.events import (  # noqa: E402
     RunEnded,
     RunStarted,
     StepEnded,
+    Tracked,
 )
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.parallel import parallelize  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.store import FileStore, MemoryStore, Store  # noqa: E402
+from trainfleet.tracks import track  # noqa: E402
 from trainfleet.training.recipe import TrainConfig  # noqa: E402
 from trainfleet.training.schedule import ScheduleConfig  # noqa: E402
 from trainfleet.training.trainer import Trainer  # noqa: E402
@@ -248,6 +250,30 @@ def test_a_run_that_fails_otherwise_ends_with_that_error(mesh: Mesh) -> None:
     trainer, _ = trainer_of(mesh, Plan(), Filling(99, fails_first=True), stream=iter([]))
     with pytest.raises(DataError, match="came to an end"):
         trainer.fit(6)
+
+
+def tracked(plan: Plan) -> list[tuple[int, str, float]]:
+    with Mesh.from_env(plan) as mesh:
+        stream = Stream(mesh.data_axes.rank, mesh.data_axes.size)
+        trainer, heard = trainer_of(mesh, plan, stream=stream, report_every=2, evaluation=held_out)
+        loss_fn = trainer.engine._loss_fn  # type: ignore[attr-defined]
+
+        def telling(output: Any, batch: Any) -> Any:
+            track("micro-batches", 1, reduce="sum")
+            track("step", trainer.step + 1, reduce="max")
+            return loss_fn(output, batch)
+
+        trainer.engine._loss_fn = telling  # type: ignore[attr-defined]
+        trainer.fit(3)
+        told = [(event.step, event.name, event.value) for event in heard.of(Tracked)]
+        return [*told, *((-1, *item) for event in heard.of(Evaluated) for item in event.metrics.items())]
+
+
+def test_what_is_tracked_is_told_with_the_reports_and_that_of_an_evaluation_with_it(ranks: RankPools) -> None:
+    told = [(2, "micro-batches", 4.0), (2, "step", 2.0), (3, "micro-batches", 2.0), (3, "step", 3.0)]
+    expected = [*told, (-1, "micro-batches", 3.0), (-1, "step", 4.0)]
+    assert tracked(Plan()) == expected
+    assert ranks(2, tracked, Plan(tp=2)) == [expected] * 2  # tensor-parallel ranks see the same data, and count once
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated(mesh: Mesh) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.errors import ConfigError, PeerError, TrainfleetError
 from trainfleet.events import (
-    Evaluated,
     Event,
     Noted,
     Observer,
@@ -32,6 +31,7 @@ from trainfleet.state import Stateful, stateful_among
 from trainfleet.stopwatch import Stopwatch, timed
 from trainfleet.tracks import Tracks
 from trainfleet.training.anomaly import Anomalies
+from trainfleet.training.evaluations import Evaluations
 from trainfleet.training.failure import note_step
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.rank_reports import RankReports
@@ -105,7 +105,6 @@ class Trainer:
         self._supply = Supply(batches, accumulation)
         self._schedule = schedule or ScheduleConfig(name="constant")
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._evaluation = evaluation
         self._saves = (
             Saves(checkpointer, emit=self.observers.emit, metadata=metadata or {}) if checkpointer is not None else None
         )
@@ -115,14 +114,15 @@ class Trainer:
         self._finish = finish
         self._metadata = metadata or {}
         self._folder = folder
-        self._best: float | None = None
-        self._evaluations_without_gain = 0
-        self._last_evaluation: float | None = None
-        self._evaluated_step = -1
         self._rollbacks: Rollbacks | None = None
         rolls_back = self.config.rollback_every is not None
         self._watchers = Watchers([*([Anomalies(self.config)] if rolls_back else []), *watchers], self.observers.emit)
-        self._tracks = Tracks()
+        # Of ranks that compute the same on the same data, the first counts.
+        new_tracks = partial(Tracks, counts=self.engine.plan.tp == 1 or mesh["tp"].rank == 0)
+        self._tracks = new_tracks()
+        self._evaluations = Evaluations(
+            evaluation, patience=self.config.early_stopping, world=mesh.world, new_tracks=new_tracks
+        )
         self._reports = RankReports(mesh.world, self._tracks, every=report_every, device=mesh.device, system=system)
         self._stopwatch = Stopwatch()
         self._ended_at: float | None = None  # when the step before ended
@@ -177,7 +177,7 @@ class Trainer:
             ended = RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary, lost_peer=lost_peer)
             self._emit(ended)
             self._watchers.close()
-        return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._last_evaluation)
+        return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._evaluations.last)
 
     def _after_step(self, steps: int, vote: StopVote, *, went_on: bool) -> str:
         """Evaluate and save where that is due; `finished` unless the run has to end here.
@@ -195,8 +195,8 @@ class Trainer:
             return "finished"
         every = self.config.evaluate_every
         due = self._supply.ended_epoch if every == "epoch" else self._is_due(every)
-        evaluate = due or (self.step == steps and self._evaluation is not None)
-        if evaluate and self._evaluate_and_lose_patience():
+        evaluate = due or (self.step == steps and self._evaluations.passes is not None)
+        if evaluate and self._evaluations.is_enough(self.evaluate()):
             return "stopped early"
         if self._is_due(self._save_every):
             self.save()
@@ -207,8 +207,8 @@ class Trainer:
 
     def _summary(self) -> dict[str, float | str]:
         summary: dict[str, float | str] = {}
-        if self._last_evaluation is not None:
-            summary["validation loss"] = self._last_evaluation
+        if self._evaluations.last is not None:
+            summary["validation loss"] = self._evaluations.last
         if self._finish is not None:
             found = dict(self._finish())
             if "sample" in found:
@@ -306,40 +306,19 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The mean loss over `evaluation`, of the averaged weights if there is an average."""
-        if self._evaluation is None:
-            raise ConfigError("There is nothing to evaluate on; give the Trainer `evaluation`.")
-        begun = time.perf_counter()
-        with timed("evaluation"), self.ema.applied() if self.ema is not None else nullcontext():
-            loss = self.engine.evaluate(self._evaluation())
-        self._last_evaluation, self._evaluated_step = loss.mean, self.step
-        self._emit(Evaluated(step=self.step, loss=loss.mean, seconds=time.perf_counter() - begun))
-        return loss.mean
-
-    def _evaluate_and_lose_patience(self) -> bool:
-        """Evaluate; True where early stopping says that it is enough."""
-        loss = self.evaluate()
-        if self._best is None or loss < self._best:
-            self._best, self._evaluations_without_gain = loss, 0
-            return False
-        self._evaluations_without_gain += 1
-        patience = self.config.early_stopping
-        return patience is not None and self._evaluations_without_gain >= patience
+        evaluated = self._evaluations.run(self.engine, self.ema, self.step)
+        self._emit(evaluated)
+        return evaluated.loss
 
     # checkpoints
 
     def save(self) -> None:
         """Begin a checkpoint of this step; how the one before ended is told to the observers."""
-        self._needed_saves("save with").save(self.step, self._all_states(), self._metrics())
-
-    def _metrics(self) -> dict[str, float]:
-        """What was measured at this very step."""
-        if self._last_evaluation is None or self._evaluated_step != self.step:
-            return {}
-        return {"loss": self._last_evaluation}
+        self._needed_saves("save with").save(self.step, self._all_states(), self._evaluations.metrics_at(self.step))
 
     def _save_last(self) -> None:
         if self._saves is not None and self._save_every is not None:
-            self._saves.save_last(self.step, self._all_states(), self._metrics())
+            self._saves.save_last(self.step, self._all_states(), self._evaluations.metrics_at(self.step))
 
     def restore(self, *, cast: bool = False) -> int | None:
         """Go on from the newest whole checkpoint: its step, or None if there is none. `cast` allows other dtypes."""
@@ -369,12 +348,11 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The trainer's own few numbers; the checkpoint holds them beside those of the engine and the data."""
-        return {"step": self.step, "best": self._best, "evaluations_without_gain": self._evaluations_without_gain}
+        return {"step": self.step, **self._evaluations.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         self.step = int(state["step"])
-        self._best = state["best"]
-        self._evaluations_without_gain = int(state["evaluations_without_gain"])
+        self._evaluations.load_state_dict(state)
 
     # events
 
