@@ -7,10 +7,14 @@ observer can keep, print or send them; an observer that fails is logged once and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+from trainfleet import courier
+from trainfleet.courier import Courier
 from trainfleet.stopwatch import timed
 
 logger = logging.getLogger(__name__)
@@ -196,25 +200,55 @@ class RunEnded(Event):
 
 
 class Observer(Protocol):
-    """Anyone who wants to know."""
+    """Anyone who wants to know.
+
+    One whose class says `in_loop = True` is called by the loop itself, however long it takes. Any other is called in a
+    thread beside the loop, which waits for it, up to a deadline. One with a method `meet(observers)` is given the
+    Observers it was added to, to tell the others something.
+    """
 
     def on_event(self, event: Event) -> None: ...
 
 
 class Observers:
-    """Tells each event to each observer in turn; a failing one is logged once and heard no more of."""
+    """Tells each event to each observer in turn; a failing one is logged once and heard no more of.
 
-    def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        self._observers: list[Observer] = list(observers)
+    One that has not returned after `deadline_seconds` is left out from then on, with a warning; what it missed is
+    counted and said at the end.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = (), *, deadline_seconds: float = 10.0) -> None:
+        self.deadline_seconds = deadline_seconds
+        self._observers: list[Observer] = []
         self._failed: set[int] = set()
+        self._missed: dict[int, int] = {}
+        self._courier: Courier | None = None
+        for observer in observers:
+            self.add(observer)
 
     def add(self, observer: Observer) -> None:
         self._observers.append(observer)
+        if (meet := getattr(observer, "meet", None)) is not None:
+            meet(self)
 
     def emit(self, event: Event) -> None:
         with timed("observers"):
             for observer in self._observers:
-                self._tell(observer, event)
+                if id(observer) in self._missed:
+                    self._missed[id(observer)] += 1
+                elif not self._call(observer, partial(self._tell, observer, event), about=type(event).__name__):
+                    self._missed[id(observer)] = 1
+
+    def close(self) -> None:
+        """Close those that can be closed, and say what those that were left out have missed."""
+        for observer in self._observers:
+            if (missed := self._missed.get(id(observer))) is not None:
+                logger.warning("Observer %s missed the last %d events.", type(observer).__name__, missed)
+            elif (close := getattr(observer, "close", None)) is not None:
+                self._call(observer, partial(_close, observer, close), about="close")
+        if self._courier is not None:
+            self._courier.end()
+            self._courier = None
 
     def _tell(self, observer: Observer, event: Event) -> None:
         try:
@@ -229,12 +263,46 @@ class Observers:
                     exc_info=True,
                 )
 
-    def close(self) -> None:
-        """Close those that can be closed."""
-        for observer in self._observers:
-            close = getattr(observer, "close", None)
-            if close is not None:
-                try:
-                    close()
-                except Exception:
-                    logger.warning("Observer %s failed to close.", type(observer).__name__, exc_info=True)
+    def _call(self, observer: Observer, function: Callable[[], None], *, about: str) -> bool:
+        """Call `function` where this observer is called; False if that did not return in time, or is not wanted."""
+        in_loop = getattr(observer, "in_loop", False)
+        if (here := courier.current()) is not None:  # an observer tells the others something
+            try:
+                with here.speaking() if in_loop else here.calling(observer):
+                    function()
+            except courier.NotHeard:
+                return True
+            return True
+        if in_loop:
+            function()
+            return True
+        while True:
+            if self._courier is None or not self._courier.is_usable:
+                self._courier = Courier()
+                weakref.finalize(self, self._courier.end)
+            try:
+                self._courier.call(function, caller=observer, deadline_seconds=self.deadline_seconds)
+                return True
+            except courier.Blocked as blocked:
+                self._leave_out(blocked.callers, about)
+                if id(observer) in self._missed:
+                    return False
+
+    def _leave_out(self, blocking: tuple[object, ...], about: str) -> None:
+        for observer in blocking:
+            self._missed.setdefault(id(observer), 0)
+        logger.warning(
+            "Observer %s has not returned from %s in %g s; the run goes on without it. Do what takes long in a thread "
+            "of your own, raise monitor.observer_deadline_seconds, or give its class `in_loop = True` if the run is to "
+            "wait for it.",
+            " in ".join(type(observer).__name__ for observer in reversed(blocking)),
+            about,
+            self.deadline_seconds,
+        )
+
+
+def _close(observer: Observer, close: Callable[[], None]) -> None:
+    try:
+        close()
+    except Exception:
+        logger.warning("Observer %s failed to close.", type(observer).__name__, exc_info=True)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Console:
     """For the rank that speaks for all; the other ranks have none."""
 
+    in_loop = True
+
     def __init__(self, file: TextIO | None = None, *, log_interval: int = 10) -> None:
         """`file` is standard output unless given; `log_interval` is the steps from one plain line to the next."""
         file = sys.stdout if file is None else file

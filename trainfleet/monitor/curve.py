@@ -35,6 +35,8 @@ class LossCurve:
     `metrics.jsonl` beside the picture) if it is there.
     """
 
+    in_loop = True
+
     def __init__(self, path: str | Path, *, history: str | Path | None = None) -> None:
         if installed("matplotlib") is None:  # importing it waits for the first picture
             require("matplotlib", "monitor", purpose="The picture of the loss")

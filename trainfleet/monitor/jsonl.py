@@ -27,6 +27,8 @@ class JsonLines:
     A full disk never stops the run: see `Journal`.
     """
 
+    in_loop = True
+
     def __init__(self, path: str | Path) -> None:
         self._journal = Journal(path, separator=b"\n")
 

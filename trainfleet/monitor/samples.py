@@ -11,6 +11,8 @@ from trainfleet.monitor.journal import Journal
 class Samples:
     """Appends every Noted text to `path`, byte for byte, under its step and title."""
 
+    in_loop = True
+
     def __init__(self, path: str | Path) -> None:
         self._journal = Journal(path)
 

@@ -23,6 +23,8 @@ class TensorBoard:
     Each start writes a file of its own and tells TensorBoard to forget the steps that are taken again.
     """
 
+    in_loop = True
+
     def __init__(self, folder: str | Path, *, every: int = 1) -> None:
         writer = require("tensorboard.summary.writer.record_writer", "monitor", purpose="Writing for TensorBoard")
         from tensorboard.compat.proto import event_pb2, summary_pb2

@@ -15,6 +15,8 @@ _NUMBERS = struct.Struct("<qq")  # the step it began after, and the step it has 
 class Progress:
     """An observer that keeps two numbers in a file. It is mapped, so that a step costs no system call."""
 
+    in_loop = True
+
     def __init__(self, folder: Path) -> None:
         with (folder / NAME).open("w+b") as file:
             file.write(_NUMBERS.pack(0, 0))
