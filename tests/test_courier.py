@@ -14,6 +14,7 @@ import pytest
 
 from trainfleet.courier import Blocked, Courier
 from trainfleet.events import Event, Noted, Observers, Tracked
+from trainfleet.tracks import Tracks, track
 
 EVENT = Tracked(step=1, name="x", value=2.0)
 
@@ -274,3 +275,13 @@ def wait_until(holds: Any, seconds: float = 5.0) -> None:
     while not holds():
         assert time.monotonic() < ends
         time.sleep(0.005)
+
+
+def test_an_observer_beside_the_loop_tracks_for_the_run_that_it_hears():
+    class Counts(Listens):
+        def on_event(self, event: Event) -> None:
+            track("heard", 3.0)
+
+    with Tracks() as tracks:
+        Observers([Counts()]).emit(EVENT)
+    assert [row[0] for row in tracks.take()] == ["heard"]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -28,11 +28,8 @@ MAX_WAITING = 1_000
 """Values of a name that wait to be looked at; then they are looked at at once."""
 
 
-class _Open(threading.local):
-    tracks: Tracks | None = None
-
-
-_open = _Open()
+_open: ContextVar[Tracks | None] = ContextVar("tracks", default=None)
+"""A rank is a process, or a thread: each has its own, which an observer called beside the loop has too."""
 
 
 def track(name: str, value: Any, step: int | None = None, *, reduce: Reduce = "mean", weight: float = 1.0) -> None:
@@ -43,8 +40,8 @@ def track(name: str, value: Any, step: int | None = None, *, reduce: Reduce = "m
     last report: their mean, to which each adds by its `weight` (such as its number of samples, where batches are not
     alike), sum, largest or smallest.
     """
-    if _open.tracks is not None:
-        _open.tracks.add(name, value, step, reduce, weight)
+    if (tracks := _open.get()) is not None:
+        tracks.add(name, value, step, reduce, weight)
 
 
 class Tracks:
@@ -110,13 +107,14 @@ class Tracks:
         self.left_out += 1
 
     def __enter__(self) -> Tracks:
-        self._before, _open.tracks = _open.tracks, self
+        self._before = _open.get()
+        _open.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _open.tracks = self._before
+        _open.set(self._before)
 
 
 def reduced(of_ranks: Sequence[Sequence[Sequence[Any]]]) -> dict[str, tuple[int, float]]:
