@@ -11,7 +11,7 @@ import pytest
 
 from trainfleet.errors import StoreError
 from trainfleet.store import FileStore, MemoryStore
-from trainfleet.store.hold import HOLD, this_process
+from trainfleet.store.hold import HOLD, holder, this_process
 
 AT_ONCE = timedelta(0)
 
@@ -94,3 +94,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_process_describes_itself():
     assert f"process {os.getpid()} on {os.uname().nodename} since 20" in this_process()
+
+
+def test_whoever_asks_is_told_the_holder_and_hinders_nobody(tmp_path):
+    assert holder(tmp_path) is None and list(tmp_path.iterdir()) == []
+    hold = FileStore(tmp_path).hold()
+    assert f"process {os.getpid()} on " in (holder(tmp_path) or "")
+    hold.close()
+    assert holder(tmp_path) is None
+    FileStore(tmp_path).hold(AT_ONCE).close()

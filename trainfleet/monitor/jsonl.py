@@ -72,12 +72,19 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """Every line as it was written, also of steps that a rollback undid; lines torn by a kill are left out."""
     with Path(path).open("rb") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn, or not text
-                continue
-            if isinstance(row, dict) and isinstance(row.get("event"), str):
-                yield _with_floats(row)
+            if (row := parse_row(line)) is not None:
+                yield row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it is torn or no event."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # torn, or not text
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return None
+    return _with_floats(row) if b'"NaN"' in line or b'Infinity"' in line else row
 
 
 def read_events(path: str | Path) -> Iterator[Event]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from trainfleet.store.file import FileStore, write_file
-from trainfleet.store.hold import HOLD
+from trainfleet.store.hold import HOLD, holder
 from trainfleet.store.memory import MemoryStore
 from trainfleet.store.store import Buffer, Hold, OpenBytes, Store
 from trainfleet.store.url import open_store
 
-__all__ = ["HOLD", "Buffer", "FileStore", "Hold", "MemoryStore", "OpenBytes", "Store", "open_store", "write_file"]
+__all__ = ["HOLD", "Buffer", "FileStore", "Hold", "MemoryStore", "OpenBytes", "Store", "holder", "open_store", "write_file"]

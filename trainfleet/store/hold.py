@@ -72,6 +72,26 @@ class FileHold:
         self.close()
 
 
+def holder(folder: Path) -> str | None:
+    """Who has taken `folder`, in words; None where nobody has, or where it cannot be known. Nothing is written.
+
+    It is tried for a moment, shared with others who ask; who takes the folder just then tries again by itself.
+    """
+    try:
+        descriptor = os.open(folder / HOLD, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # nobody ever took it, or it is not ours to read
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        return os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace") or "somebody"
+    finally:
+        os.close(descriptor)
+    return None
+
+
 @functools.cache
 def _let_go_in_children() -> None:
     """A forked child, such as a worker that loads data, must not go on holding when this process is killed."""

@@ -1,0 +1,8 @@
+"""A run read back from its folder, whole or under way, however often it was started anew."""
+
+from trainfleet.monitor.history.goodput import Goodput
+from trainfleet.monitor.history.run import History, is_run, read_run
+from trainfleet.monitor.history.standing import standing
+from trainfleet.monitor.history.steps import Group
+
+__all__ = ["Goodput", "Group", "History", "is_run", "read_run", "standing"]

@@ -1,0 +1,119 @@
+"""The steps of a run as a picture or a table needs them: one by one while they are few, in groups when they are many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainfleet.monitor.history.goodput import COMPUTING, finite
+
+MAX_GROUPS = 4000
+"""More points than a picture has columns cost time and show nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """Consecutive steps that stand; of one step alone, its very numbers."""
+
+    step: int
+    """The last of them, as what has no mean: time, learning rate."""
+    time: float
+    num_steps: int = 0
+    loss: float = math.nan
+    """Mean of the finite ones; NaN where there is none."""
+    least_loss: float = math.inf
+    most_loss: float = -math.inf
+    not_finite: int = 0
+    """Losses that were NaN or infinite."""
+    learning_rate: float = math.nan
+    grad_norm: float = math.nan
+    """The largest."""
+    samples: float = 0
+    tokens: float = 0
+    seconds: float = 0.0
+    """In steps."""
+    between_seconds: float = 0.0
+    """Between them: evaluation, saves."""
+    data_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase, of steps and what is between them. From files without phases: computing and data."""
+    memory_bytes: int = 0
+    """The most, of the rank that speaks for all."""
+    mfu: float = math.nan
+    """The last that is known."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of time in steps; NaN where that is nothing."""
+        return self.tokens / self.seconds if self.seconds > 0 else math.nan
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.step, self.time = row["step"], finite(row.get("time"))
+        self._add_loss(row.get("loss"))
+        self.num_steps += 1
+        self.learning_rate = _number(row.get("learning_rate"))
+        norm = _number(row.get("grad_norm"))
+        self.grad_norm = norm if math.isnan(self.grad_norm) else max(self.grad_norm, norm)
+        self.samples += finite(row.get("samples"))
+        self.tokens += finite(row.get("tokens"))
+        seconds, data = finite(row.get("seconds")), finite(row.get("data_seconds"))
+        self.seconds += seconds
+        self.between_seconds += finite(row.get("between_seconds"))
+        self.data_seconds += data
+        phases = row.get("phases")
+        if not isinstance(phases, Mapping) or not phases:
+            phases = {"data": min(seconds, data), COMPUTING: max(0.0, seconds - data)}
+        for phase, value in phases.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + finite(value)
+        self.memory_bytes = max(self.memory_bytes, int(finite(row.get("memory_bytes"))))
+        mfu = _number(row.get("mfu"))
+        self.mfu = self.mfu if math.isnan(mfu) else mfu
+
+    def _add_loss(self, value: Any) -> None:
+        loss = _number(value)
+        if not math.isfinite(loss):
+            self.not_finite += 1
+            return
+        known = self.num_steps - self.not_finite
+        self.loss = loss if known == 0 else self.loss + (loss - self.loss) / (known + 1)
+        self.least_loss, self.most_loss = min(self.least_loss, loss), max(self.most_loss, loss)
+
+
+class Steps:
+    """Collects the lines of steps that stand, in order, in groups of `every`."""
+
+    def __init__(self, num_steps: int, *, most: int = MAX_GROUPS) -> None:
+        self.every = max(1, math.ceil(num_steps / most))
+        self.groups: list[Group] = []
+        self.steady = Group(step=0, time=0.0)
+        """All steps but the first of each start, which warms everything up; all of them, where there are no others."""
+        self._first = Group(step=0, time=0.0)
+        self._is_first = True
+        self.peak_bytes = 0
+
+    def begin(self) -> None:
+        """The next step is the first of a start."""
+        self._is_first = True
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if not self.groups or self.groups[-1].num_steps >= self.every:
+            self.groups.append(Group(step=0, time=0.0))
+        self.groups[-1].add(row)
+        (self._first if self._is_first else self.steady).add(row)
+        self._is_first = False
+        self.peak_bytes = max(self.peak_bytes, self.groups[-1].memory_bytes)
+
+    @property
+    def figures(self) -> Group:
+        """The sums of steady steps."""
+        return self.steady if self.steady.num_steps else self._first
+
+    @property
+    def not_finite(self) -> int:
+        return self.steady.not_finite + self._first.not_finite
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
