@@ -8,4 +8,15 @@ from trainfleet.store.memory import MemoryStore
 from trainfleet.store.store import Buffer, Hold, OpenBytes, Store
 from trainfleet.store.url import open_store
 
-__all__ = ["HOLD", "Buffer", "FileStore", "Hold", "MemoryStore", "OpenBytes", "Store", "holder", "open_store", "write_file"]
+__all__ = [
+    "HOLD",
+    "Buffer",
+    "FileStore",
+    "Hold",
+    "MemoryStore",
+    "OpenBytes",
+    "Store",
+    "holder",
+    "open_store",
+    "write_file",
+]

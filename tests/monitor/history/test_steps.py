@@ -10,7 +10,15 @@ from trainfleet.monitor.history.steps import Steps
 
 def row(step: int, **fields: Any) -> dict[str, Any]:
     known = {"time": 100.0 + step, "loss": 1.0 / step, "learning_rate": 0.1, "grad_norm": 2.0, "samples": 4}
-    return {"step": step, "tokens": 64, "seconds": 0.5, "data_seconds": 0.1, "memory_bytes": 10 * step, **known, **fields}
+    return {
+        "step": step,
+        "tokens": 64,
+        "seconds": 0.5,
+        "data_seconds": 0.1,
+        "memory_bytes": 10 * step,
+        **known,
+        **fields,
+    }
 
 
 def test_a_group_of_one_step_has_its_very_numbers() -> None:
@@ -44,12 +52,12 @@ def test_what_is_not_finite_is_counted_and_not_averaged() -> None:
 def test_the_first_step_of_each_start_counts_only_while_it_is_alone() -> None:
     steps = Steps(4)
     steps.add(row(1, seconds=10.0))
-    assert steps.figures.seconds == 10.0
+    assert steps.tokens_per_second == 6.4 and steps.step_seconds == 10.0
     steps.add(row(2))
     steps.begin()
     steps.add(row(3, seconds=10.0))
     steps.add(row(4))
-    assert (steps.figures.seconds, steps.figures.tokens) == (1.0, 128)
+    assert (steps.tokens_per_second, steps.samples_per_second, steps.step_seconds) == (128.0, 8.0, 0.5)
 
 
 def test_without_phases_a_step_is_computing_and_data() -> None:

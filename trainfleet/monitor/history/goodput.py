@@ -48,7 +48,7 @@ class Goodput:
 
 
 class Ledger:
-    """Takes the lines of a run in order and keeps account of the time."""
+    """Takes the lines of a run in order and keeps account of the time; steps that stand are accounted for by `Steps`."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
@@ -60,11 +60,11 @@ class Ledger:
 
     def add(self, row: Mapping[str, Any], stands: bool) -> None:
         """`row` as `read_rows` gives it."""
-        time = finite(row.get("time"))
+        time = row.get("time")
+        if isinstance(time, float) and math.isfinite(time):
+            self._first = time if self._first is None else self._first
+            self._last = max(self._last, time)
         event = row["event"]
-        if self._first is None and time:
-            self._first = time
-        self._last = max(self._last, time)
         if event == StepEnded.__name__:
             self._step(row, stands)
         elif event == Evaluated.__name__:
@@ -74,28 +74,29 @@ class Ledger:
         elif event == RunStarted.__name__:
             self._settle()
 
-    def goodput(self, now: float | None = None) -> Goodput:
-        """`now`: a time.time() for a run that goes on; without it the last line is the end."""
+    def goodput(self, phases: Mapping[str, float], now: float | None = None) -> Goodput:
+        """`phases`: seconds of the steps that stand. `now`: a time.time() for a run that goes on, else its last line
+        is the end."""
         self._settle()
         last = self._last if now is None else max(self._last, now)
         seconds = max(0.0, last - self._first) if self._first is not None else 0.0
-        accounted = sum(self._parts.values())
+        parts = dict(phases)
+        for name, booked in self._parts.items():
+            parts[name] = parts.get(name, 0.0) + booked
+        accounted = sum(parts.values())
         # A clock that was set back makes the wall time too short: no share may come out above 1.
         seconds = max(seconds, accounted)
-        return Goodput(seconds=seconds, parts={**self._parts, OUTSIDE: seconds - accounted})
+        return Goodput(seconds=seconds, parts={**parts, OUTSIDE: seconds - accounted})
 
     def _step(self, row: Mapping[str, Any], stands: bool) -> None:
-        phases = row.get("phases")
-        self._latest = row.get("step", 0)
-        if isinstance(phases, Mapping) and phases:
+        self._latest = row["step"]
+        phases = phases_of(row) if self._since or not stands else {}
+        if self._since:
+            if COMPUTING in phases:  # written without phases: the evaluation before it is in none
+                self._settle()
             self._since.clear()
-            for phase, seconds in phases.items():
-                self._book(phase, finite(seconds), stands)
-            return
-        self._settle()
-        seconds, data = finite(row.get("seconds")), finite(row.get("data_seconds"))
-        self._book(COMPUTING, max(0.0, seconds - data), stands)
-        self._book("data", min(seconds, data), stands)
+        if not stands:
+            self._book(UNDONE, sum(phases.values()), stands)
 
     def _settle(self) -> None:
         """What came after the last step is in no step's phases."""
@@ -106,6 +107,20 @@ class Ledger:
     def _book(self, name: str, seconds: float, stands: bool) -> None:
         name = name if stands else UNDONE
         self._parts[name] = self._parts.get(name, 0.0) + max(0.0, seconds)
+
+
+def phases_of(row: Mapping[str, Any]) -> Mapping[str, float]:
+    """Seconds by phase of a step's row, finite ones; computing and data where it was written without phases."""
+    phases = row.get("phases")
+    if not isinstance(phases, dict) or not phases:
+        seconds, data = finite(row.get("seconds")), finite(row.get("data_seconds"))
+        return {"data": max(0.0, min(seconds, data)), COMPUTING: max(0.0, seconds - data)}
+    try:
+        if 0 <= sum(phases.values()) < math.inf:
+            return phases
+    except TypeError:
+        pass
+    return {phase: max(0.0, finite(seconds)) for phase, seconds in phases.items()}
 
 
 def finite(value: Any) -> float:

@@ -143,10 +143,6 @@ class History:
             return "not begun"
         return self.starts[-1].ended or "ended without a word"
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.steps.figures.tokens_per_second
-
     def loss_at(self, step: int) -> float:
         """The mean of the finite losses of the last 5 % of the steps up to `step`; NaN where there are none."""
         reach = max(1, step // 20)
@@ -206,7 +202,7 @@ def read_run(path: str | Path, *, now: float | None = None) -> History:
             ledger.add(row, stands)
         except (KeyError, TypeError, ValueError):  # a line of an event that lacks what it has today
             history.num_torn += 1
-    history.goodput = ledger.goodput((now or time.time()) if running else None)
+    history.goodput = ledger.goodput(history.steps.phases, (now or time.time()) if running else None)
     if files.recipe.is_file():
         recipe, _ = read_yaml_file(files.recipe)
         history.recipe = recipe if isinstance(recipe, Mapping) else history.recipe

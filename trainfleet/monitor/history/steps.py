@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainfleet.monitor.history.goodput import COMPUTING, finite
+from trainfleet.monitor.history.goodput import finite, phases_of
 
 MAX_GROUPS = 4000
 """More points than a picture has columns cost time and show nothing."""
@@ -55,21 +55,23 @@ class Group:
         self.num_steps += 1
         self.learning_rate = _number(row.get("learning_rate"))
         norm = _number(row.get("grad_norm"))
-        self.grad_norm = norm if math.isnan(self.grad_norm) else max(self.grad_norm, norm)
+        if not norm <= self.grad_norm:
+            self.grad_norm = norm
         self.samples += finite(row.get("samples"))
         self.tokens += finite(row.get("tokens"))
-        seconds, data = finite(row.get("seconds")), finite(row.get("data_seconds"))
-        self.seconds += seconds
+        self.seconds += finite(row.get("seconds"))
         self.between_seconds += finite(row.get("between_seconds"))
-        self.data_seconds += data
-        phases = row.get("phases")
-        if not isinstance(phases, Mapping) or not phases:
-            phases = {"data": min(seconds, data), COMPUTING: max(0.0, seconds - data)}
-        for phase, value in phases.items():
-            self.phases[phase] = self.phases.get(phase, 0.0) + finite(value)
+        self.data_seconds += finite(row.get("data_seconds"))
+        sums, phases = self.phases, phases_of(row)
+        if not sums:
+            sums.update(phases)
+        else:
+            for phase, seconds in phases.items():
+                sums[phase] = sums.get(phase, 0.0) + seconds
         self.memory_bytes = max(self.memory_bytes, int(finite(row.get("memory_bytes"))))
-        mfu = _number(row.get("mfu"))
-        self.mfu = self.mfu if math.isnan(mfu) else mfu
+        mfu = row.get("mfu")
+        if mfu is not None:
+            self.mfu = _number(mfu)
 
     def _add_loss(self, value: Any) -> None:
         loss = _number(value)
@@ -87,11 +89,8 @@ class Steps:
     def __init__(self, num_steps: int, *, most: int = MAX_GROUPS) -> None:
         self.every = max(1, math.ceil(num_steps / most))
         self.groups: list[Group] = []
-        self.steady = Group(step=0, time=0.0)
-        """All steps but the first of each start, which warms everything up; all of them, where there are no others."""
-        self._first = Group(step=0, time=0.0)
+        self._first = Group(step=0, time=0.0)  # the first of each start, which warm everything up
         self._is_first = True
-        self.peak_bytes = 0
 
     def begin(self) -> None:
         """The next step is the first of a start."""
@@ -101,18 +100,54 @@ class Steps:
         if not self.groups or self.groups[-1].num_steps >= self.every:
             self.groups.append(Group(step=0, time=0.0))
         self.groups[-1].add(row)
-        (self._first if self._is_first else self.steady).add(row)
-        self._is_first = False
-        self.peak_bytes = max(self.peak_bytes, self.groups[-1].memory_bytes)
+        if self._is_first:
+            self._first.add(row)
+            self._is_first = False
 
     @property
-    def figures(self) -> Group:
-        """The sums of steady steps."""
-        return self.steady if self.steady.num_steps else self._first
+    def num_steps(self) -> int:
+        return sum(group.num_steps for group in self.groups)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase of all steps."""
+        sums: dict[str, float] = {}
+        for group in self.groups:
+            for phase, seconds in group.phases.items():
+                sums[phase] = sums.get(phase, 0.0) + seconds
+        return sums
 
     @property
     def not_finite(self) -> int:
-        return self.steady.not_finite + self._first.not_finite
+        """Losses that were NaN or infinite."""
+        return sum(group.not_finite for group in self.groups)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that speaks for all."""
+        return max((group.memory_bytes for group in self.groups), default=0)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._per_second("tokens")
+
+    @property
+    def samples_per_second(self) -> float:
+        return self._per_second("samples")
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean of a step."""
+        return 1 / self._per_second("num_steps") if self.groups else math.nan
+
+    def _per_second(self, name: str) -> float:
+        """Of time in steps. The first step of each start counts only while there are no others."""
+        amount = sum(getattr(group, name) for group in self.groups)
+        seconds = sum(group.seconds for group in self.groups)
+        if self.num_steps > self._first.num_steps:
+            amount -= getattr(self._first, name)
+            seconds -= self._first.seconds
+        return amount / seconds if seconds > 0 else math.nan
 
 
 def _number(value: Any) -> float:
