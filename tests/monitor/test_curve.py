@@ -83,13 +83,12 @@ def test_drawing_takes_at_most_its_share_of_the_run(
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     drawn = []
 
-    class Canvas:
-        def savefig(self, path: Path, **_: Any) -> None:
-            drawn.append(clock[0])
-            clock[0] += 0.5
-            path.write_bytes(b"")
+    def write(*_: Any) -> None:
+        drawn.append(clock[0])
+        clock[0] += 0.5
 
-    monkeypatch.setattr(module, "draw_curve", lambda *_, **__: Canvas())
+    monkeypatch.setattr(module, "draw_curve", lambda *_, **__: None)
+    monkeypatch.setattr(module, "write_png", write)
     curve = LossCurve(tmp_path / "loss.png")
     curve.on_event(story.started())
     for step in range(1, 601):  # an evaluation a second
@@ -98,15 +97,12 @@ def test_drawing_takes_at_most_its_share_of_the_run(
     assert 9 <= len(drawn) <= 12 and len(drawn) * 0.5 <= 0.01 * clock[0]
 
 
-def test_many_points_are_thinned_and_the_last_is_kept() -> None:
-    rows = [{"step": step, "loss": float(step)} for step in range(1, 10_002)]
-    steps, values = module._series(rows, "loss")
-    assert len(steps) <= module.MAX_POINTS and (steps[-1], values[-1]) == (10_001, 10_001.0)
-
-
-def test_the_smoothed_line_does_not_lag_behind_a_straight_one() -> None:
-    values = [float(n) for n in range(200)]
-    assert module._smooth(values)[:190] == pytest.approx(values[:190], abs=1e-9)
+@needs_matplotlib
+def test_thousands_of_baselines_are_a_few_and_their_number() -> None:
+    figure = draw_curve([], baselines={f"b{n}": 1.0 + n for n in range(5000)}, title="many")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert len(texts) == module.MAX_BASELINES and texts[0] == "b0 1"
+    assert texts[-1] == "b7 8, and 4,992 above it that are not shown"
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class Goodput:
 
 
 class Ledger:
-    """Takes the lines of a run in order and keeps account of the time; steps that stand are accounted for by `Steps`."""
+    """Takes the lines of a run in order and keeps account of the time; of steps that stand `Steps` does."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}

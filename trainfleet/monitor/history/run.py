@@ -13,10 +13,13 @@ from typing import Any
 from trainfleet.config.yaml import read_yaml_file
 from trainfleet.errors import StoreError
 from trainfleet.events import (
+    AlertFired,
+    AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
     Noted,
+    RanksReported,
     RunEnded,
     RunStarted,
     SamplesSkipped,
@@ -342,8 +345,8 @@ _READERS = {
     CheckpointFailed.__name__: _not_saved,
     Noted.__name__: _noted,
     SamplesSkipped.__name__: _samples_skipped,
-    "RanksReported": _ranks_reported,
-    "AnomalySeen": _anomaly_seen,
-    "AlertFired": _alert_fired,
+    RanksReported.__name__: _ranks_reported,
+    AnomalySeen.__name__: _anomaly_seen,
+    AlertFired.__name__: _alert_fired,
     RunEnded.__name__: _ended,
 }

@@ -1,4 +1,4 @@
-"""The steps of a run as a picture or a table needs them: one by one while they are few, in groups when they are many."""
+"""The steps of a run for pictures and tables: one by one while they are few, in groups when they are many."""
 
 from __future__ import annotations
 
