@@ -32,6 +32,8 @@ def test_each_can_be_switched_off(tmp_path: Path) -> None:
     off = MonitorConfig(console=False, jsonl=False, tensorboard=False, curve=False)
     assert names(observers_for(off, RunFolder(tmp_path), True)) == ["Samples"]
     assert names(observers_for(MonitorConfig(), None, True)) == ["Console"]
+    with_csv = MonitorConfig(console=False, jsonl=False, csv=True, tensorboard=False, curve=False)
+    assert names(observers_for(with_csv, RunFolder(tmp_path), True)) == ["Samples", "CsvTable"]
 
 
 def test_missing_libraries_are_one_warning_and_the_run_goes_on(

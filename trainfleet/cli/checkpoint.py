@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from trainfleet.cli.table import print_json, print_table
 from trainfleet.errors import CheckpointError, ConfigError, DamageFound
 from trainfleet.plan import Plan
 
@@ -45,12 +44,13 @@ def list_(place: str = PLACE, as_json: bool = AS_JSON) -> None:
     entries = [entry for entry in catalog(store) if named in (None, entry.step)]
     entries.sort(key=lambda entry: (entry.order or 0, entry.step))
     if as_json:
-        _print_json([_plain(entry) for entry in entries])
+        print_json([_plain(entry) for entry in entries])
         return
     if not entries:
         print(f"There are no checkpoints in {place}.")
         return
-    _print_table(("step", "saved", "size", "ranks", "plan", "metrics", ""), [_row(entry) for entry in entries])
+    head = ("step", "saved", "size", "ranks", "plan", "metrics", "")
+    print_table(head, [_row(entry) for entry in entries], right={"step", "size", "ranks"})
 
 
 @app.command()
@@ -69,7 +69,7 @@ def inspect(place: str = PLACE, step: int | None = STEP, as_json: bool = AS_JSON
         listed = {
             n: [{"path": a.path, "dtype": a.dtype, "shape": a.shape} for a in found] for n, found in arrays.items()
         }
-        _print_json({**_plain(entry), "states": listed, "files": [asdict(file) for file in manifest.files]})
+        print_json({**_plain(entry), "states": listed, "files": [asdict(file) for file in manifest.files]})
         return
     ranks = f"{entry.world_size} rank{'s' * (entry.world_size != 1)}"
     print(f"step {entry.step}, saved {_when(entry)} by {ranks}, {readable_bytes(entry.num_bytes or 0)}")
@@ -111,7 +111,7 @@ def verify(place: str = PLACE, step: int | None = STEP, as_json: bool = AS_JSON)
             for name in verdict.surplus:
                 print(f"    {name}: not part of the checkpoint")
     if as_json:
-        _print_json([asdict(verdict) for verdict in verdicts])
+        print_json([asdict(verdict) for verdict in verdicts])
     if damaged := sum(verdict.state == "damaged" for verdict in verdicts):
         raise DamageFound(
             f"Of {len(verdicts)} checkpoint{'s' * (len(verdicts) > 1)} {damaged} cannot be used.",
@@ -265,7 +265,7 @@ def diff(
         for name in ("metadata", "metrics"):
             beside += value_differences(getattr(one, name) or {}, getattr(other, name) or {}, name)
     if as_json:
-        _print_json({"states": [asdict(each) for each in found], "beside": [asdict(each) for each in beside]})
+        print_json({"states": [asdict(each) for each in found], "beside": [asdict(each) for each in beside]})
     else:
         for each in [*found, *beside]:
             print(f"{each.path}{'' if each.rank is None else f' of rank {each.rank}'}  {each.what}")
@@ -279,31 +279,6 @@ def diff(
 
 def _plain(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in asdict(entry).items() if value is not None}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_jsonable(value), indent=2))
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no nan, no infinity and no bytes: they become text."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Numbers to the right, words to the left, the last column as it comes; columns without a word are left out."""
-    columns = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = [f"{row[i]:>{widths[i]}}" if head[i] in ("step", "size", "ranks") else row[i] for i in columns[:-1]]
-        padded = [f"{cell:<{widths[i]}}" for cell, i in zip(cells, columns)]
-        print("  ".join([*padded, row[columns[-1]]]).rstrip())
 
 
 def _when(entry: Entry) -> str:

@@ -18,6 +18,7 @@ from trainfleet.cli import (
     link,
     predict,
     relay,
+    runs,
     train,
     validate,
     verify,
@@ -41,6 +42,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.command("validate")(validate.validate)
 app.command("predict")(predict.predict)
+app.add_typer(runs.app, name="runs")
 app.command("doctor")(doctor.doctor)
 app.command("relay")(relay.relay)
 app.command("link")(link.link)

@@ -1,6 +1,7 @@
 """See what a run does: observers that print, write and draw its events."""
 
 from trainfleet.monitor.console import Console
+from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines, read_events, read_metrics
 from trainfleet.monitor.memory import resident_bytes, used_bytes
@@ -12,6 +13,7 @@ from trainfleet.monitor.throughput import Smoothed, Throughput
 
 __all__ = [
     "Console",
+    "CsvTable",
     "JsonLines",
     "LossCurve",
     "MonitorConfig",

@@ -33,7 +33,7 @@ PHASE_COLORS = {
     "checkpoint": "#b0575c",
     "observers": "#3d9a9a",
     "other": "#b5b5b5",
-    "computing": BLUE,
+    "computing": "#6f9bd1",
     "undone steps": "#6d4c4c",
     "outside steps": "#dddddd",
 }

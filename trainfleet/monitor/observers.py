@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from trainfleet.errors import ConfigError, DependencyError
 from trainfleet.events import Observer
 from trainfleet.monitor.console import Console
+from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines
 from trainfleet.monitor.run_folder import RunFolder
@@ -32,6 +33,8 @@ class MonitorConfig:
     """Progress on standard output. Switch it off in a script that prints its own."""
     jsonl: bool = True
     """Every event in metrics.jsonl; a resumed run's picture needs it. Switch it off where disks are precious."""
+    csv: bool = False
+    """Every number in metrics.csv too, a row for each. Switch it on for tools that read no JSON."""
     tensorboard: bool = True
     """Files for TensorBoard. Switch it off if nobody looks, or to train without the extra `monitor`."""
     curve: bool = True
@@ -59,6 +62,8 @@ def observers_for(config: MonitorConfig, folder: RunFolder | None, is_main: bool
         makers.append(lambda: Samples(files.samples))
         if config.jsonl:
             makers.append(lambda: JsonLines(files.metrics))
+        if config.csv:
+            makers.append(lambda: CsvTable(files.csv))
         if config.tensorboard:
             makers.append(lambda: TensorBoard(files.tensorboard, every=config.log_interval))
         if config.curve:

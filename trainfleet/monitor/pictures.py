@@ -33,7 +33,9 @@ MAX_BARS = 120
 """Columns of stacked phases; of more steps, each is a mean."""
 MAX_MARKS = 40
 """Restarts that are marked."""
-LEAST_SHARE = 0.005
+MAX_CUT = 8
+"""Stacks beyond the top that have their height written beside them."""
+LEAST_SHARE = 0.0005
 """Phases with less than this share of the time are drawn, and have no entry in the legend."""
 Points: TypeAlias = tuple[list[int], list[float]]
 
@@ -136,16 +138,16 @@ def draw_memory(runs: Sequence[History]) -> Figure:
 
 
 def draw_time(runs: Sequence[History]) -> Figure:
-    """Seconds a step with what lies between steps, stacked by phase; of several runs as lines, and their means stacked.
+    """Seconds a step with what lies between steps, stacked by phase; below them the whole wall time, with goodput.
 
-    Below, of one run: the whole wall time from its first start, of which goodput is a share.
+    Of several runs: seconds in steps as lines, and the means of all phases stacked.
     """
     figure = new_figure()
     grid = figure.add_gridspec(2, 1, height_ratios=(5, 1) if len(runs) == 1 else (3, 1 + 0.3 * len(runs)))
     step_axes, bar_axes = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     names = names_of(runs)
     if len(runs) == 1:
-        _stack_steps(step_axes, runs[0])
+        _cut_off(step_axes, _stack_steps(step_axes, runs[0]))
         goodput = runs[0].goodput
         _stack_bars(bar_axes, [dict(goodput.parts)], [""])
         bar_axes.set_xlim(0, goodput.seconds or 1.0)
@@ -155,7 +157,7 @@ def draw_time(runs: Sequence[History]) -> Figure:
         bar_axes.xaxis.set_major_formatter(lambda value, _: readable_duration(value))
     else:
         for run, name, color in zip(runs, names, COLORS):
-            steps, seconds = points(run, lambda group: (group.seconds + group.between_seconds) / group.num_steps)
+            steps, seconds = points(run, lambda group: group.seconds / group.num_steps)
             step_axes.plot(steps, seconds, color=color, alpha=0.25, linewidth=0.8)
             step_axes.plot(steps, smooth(seconds), color=color, linewidth=1.6, label=name)
         means = [{phase: seconds / run.steps.num_steps for phase, seconds in run.steps.phases.items()} for run in runs]
@@ -185,12 +187,13 @@ def points(run: History, value: Callable[[Group], float]) -> Points:
     return [step for step, _ in kept], [each for _, each in kept]
 
 
-def _stack_steps(axes: Axes, run: History) -> None:
+def _stack_steps(axes: Axes, run: History) -> list[tuple[float, float]]:
+    """Where the stacks stand, and how high they are."""
     groups = run.steps.groups
     size = math.ceil(len(groups) / MAX_BARS) or 1
     stacks = [groups[i : i + size] for i in range(0, len(groups), size)]
     if not stacks:
-        return
+        return []
     edges = [stacks[0][0].step - stacks[0][0].num_steps, *(stack[-1].step for stack in stacks)]
     below = [0.0] * len(stacks)
     for phase in _phases([run]):
@@ -202,6 +205,31 @@ def _stack_steps(axes: Axes, run: History) -> None:
         axes.stairs(above, edges, baseline=below, fill=True, color=PHASE_COLORS.get(phase, GRAY), label=phase)
         below = above
     axes.set_xlim(edges[0], edges[-1])
+    return [((left + right) / 2, high) for left, right, high in zip(edges, edges[1:], below)]
+
+
+def _cut_off(axes: Axes, stacks: Sequence[tuple[float, float]]) -> None:
+    """A few stacks with an evaluation in them must not flatten all others: they end at the top, with their height."""
+    if not stacks:
+        return
+    top = 1.25 * sorted(high for _, high in stacks)[int(0.9 * (len(stacks) - 1))]
+    higher = [(at, high) for at, high in stacks if high > top]
+    if not higher or max(high for _, high in higher) < 2 * top:
+        return
+    axes.set_ylim(top=top)
+    named = higher if len(higher) <= MAX_CUT else sorted(higher, key=lambda stack: -stack[1])[:MAX_CUT]
+    for at, high in named:
+        text = f"{high:.2g} s" if high < 10 else readable_duration(high)
+        axes.annotate(
+            text,
+            (at, top),
+            xytext=(4, -3),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=7,
+            color=INK,
+        )
 
 
 def _stack_bars(axes: Axes, parts: Sequence[dict[str, float]], names: Sequence[str]) -> None:
@@ -231,9 +259,9 @@ def _name_phases(figure: Figure, runs: Sequence[History]) -> None:
             wholes[name] = wholes.get(name, 0.0) + seconds
     shares = percentages(wholes)
     total = sum(wholes.values())
-    shown = [name for name in _ordered(wholes) if wholes[name] >= LEAST_SHARE * total]
+    shown = [name for name in _ordered(wholes) if wholes[name] > LEAST_SHARE * total]
     handles = [
-        Patch(color=PHASE_COLORS.get(name, GRAY), label=f"{name} {shares[name]}%" if len(runs) == 1 else name)
+        Patch(color=PHASE_COLORS.get(name, GRAY), label=f"{name} {shares[name] or '<1'}%" if len(runs) == 1 else name)
         for name in reversed(shown)
     ]
     if handles:

@@ -4,6 +4,7 @@ runs/NAME/
   recipe.yaml        every setting as it was resolved
   environment.json   versions, machine and command, one entry a start
   metrics.jsonl      every event
+  metrics.csv        every number, where monitor.csv asks for it
   loss.png           the curve
   samples.txt        what the model generated
   tensorboard/
@@ -38,6 +39,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.csv = self.path / "metrics.csv"
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.tensorboard = self.path / "tensorboard"
