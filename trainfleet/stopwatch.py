@@ -30,6 +30,8 @@ PHASES = (
 )
 """In the order of a step. `data` waits for batches, `transfer` brings them to the device, `communication` waits for
 other ranks, `checkpoint` is what a save takes of the loop, `other` is the loop itself."""
+PRODUCTIVE = ("forward", "backward", "communication", "optimizer")
+"""Those that goodput counts: see monitor/history/goodput.py."""
 WHOLE = ("evaluation", "checkpoint", "observers")
 """Phases inside these are theirs."""
 

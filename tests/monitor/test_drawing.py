@@ -6,7 +6,9 @@ import pytest
 
 from trainfleet.errors import StoreError
 from trainfleet.monitor.drawing import COLORS, MAX_POINTS, PHASE_COLORS, new_figure, series, smooth, write_png
-from trainfleet.monitor.history.goodput import COMPUTING, OUTSIDE, UNDONE
+from trainfleet.monitor.history.goodput import UNDONE
+from trainfleet.monitor.limit import COMPUTING
+from trainfleet.monitor.spent import OUTSIDE
 from trainfleet.stopwatch import PHASES
 
 

@@ -16,9 +16,10 @@ import pytest
 
 from trainfleet.monitor.drawing import COLORS, write_png
 from trainfleet.monitor.history import History, read_run
-from trainfleet.monitor.history.goodput import PRODUCTIVE
 from trainfleet.monitor.jsonl import JsonLines, read_metrics
+from trainfleet.monitor.limit import COMPUTING
 from trainfleet.monitor.pictures import MAX_BARS, MAX_RUNS, draw_pictures, names_of
+from trainfleet.stopwatch import PRODUCTIVE
 
 pytest.importorskip("matplotlib")
 
@@ -103,7 +104,7 @@ def test_the_bar_is_the_whole_wall_time_and_its_share_that_counts(pictures: Any,
     _, bar_axes = pictures["time"].axes
     widths = {bars.get_label(): bars.patches[0].get_width() for bars in bar_axes.containers}
     assert sum(widths.values()) == pytest.approx(run.goodput.seconds)
-    share = sum(widths.get(name, 0.0) for name in PRODUCTIVE) / run.goodput.seconds
+    share = sum(widths.get(name, 0.0) for name in (*PRODUCTIVE, COMPUTING)) / run.goodput.seconds
     assert bar_axes.get_xlabel().endswith(f"goodput {100 * share:.0f}%")
     rows = [row["time"] for row in read_metrics(run.folder / "metrics.jsonl")]
     assert run.goodput.seconds >= rows[-1] - rows[0]

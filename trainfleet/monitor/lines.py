@@ -52,6 +52,7 @@ class Lines:
         elif isinstance(event, CheckpointFailed):
             self._write("save", self._at(event.step), f"FAILED: {event.reason}")
         elif isinstance(event, Restored):
+            self._progress.restore(event)
             self._write("load", self._at(event.step), event.path)
         elif isinstance(event, SamplesSkipped):
             self._write("skip", f"{event.count} bad samples so far", f"such as {event.example}")

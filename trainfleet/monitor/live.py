@@ -65,6 +65,7 @@ class LiveLine:
         elif isinstance(event, CheckpointFailed):
             self._keep(event.step, f"not saved: {event.reason}", style="bold red")
         elif isinstance(event, Restored):
+            self._progress.restore(event)
             self._keep(event.step, f"restored from {event.path}")
         elif isinstance(event, SamplesSkipped):
             at = self._progress.last.step if self._progress.last else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 
-from trainfleet.events import Evaluated, RunEnded, RunStarted, StepEnded, Tracked
+from trainfleet.events import Evaluated, Restored, RunEnded, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.limit import COMPUTING, Limit, in_words
+from trainfleet.monitor.spent import Spent
 from trainfleet.monitor.throughput import Smoothed, Throughput
 from trainfleet.monitor.units import readable_bytes
 
@@ -26,18 +27,24 @@ class Progress:
         self.loss = Smoothed()
         self.throughput = Throughput()
         self.limit = Limit()
+        self.spent = Spent()
         self.tracked: dict[str, float] = {}
         self.best_validation = math.inf
 
     def start(self, event: RunStarted) -> None:
         self.__init__()  # type: ignore[misc]
         self.steps = event.steps
+        self.spent = Spent(event)
 
     def step(self, event: StepEnded) -> None:
         self.last = event
         self.loss.update(event.loss)
         self.throughput.update(event, now=time.monotonic())
         self.limit.update(event)
+        self.spent.step(event)
+
+    def restore(self, event: Restored) -> None:
+        self.spent.restore(event)
 
     def track(self, event: Tracked) -> None:
         if not event.name.startswith(BASELINE):
@@ -45,6 +52,7 @@ class Progress:
 
     def evaluate(self, event: Evaluated) -> bool:
         """True where this evaluation is better than every one before it, of which there is at least one."""
+        self.spent.evaluate(event)
         is_better = event.loss < self.best_validation
         is_first = math.isinf(self.best_validation)
         if is_better:
@@ -52,10 +60,20 @@ class Progress:
         return is_better and not is_first
 
     def summary(self, event: RunEnded) -> dict[str, float | str]:
-        """That of the run, with where its time went."""
+        """That of the run, with where its time went and the goodput of this start."""
         if not (parts := self.limit.percentages):
             return dict(event.summary)
-        return {**event.summary, "time": in_words(parts), "limit": self.limit.sentence}
+        if not self.spent.is_known:
+            return {**event.summary, "time": in_words(parts), "limit": self.limit.sentence}
+        summary = {**event.summary, "time": in_words(self.spent.percentages(event.seconds))}
+        waits = {cause: share for cause, share in parts.items() if cause != COMPUTING}
+        if sum(waits.values()) >= LEAST_WAITING:
+            summary["waits for data"] = f"{in_words(waits)} of the time in steps"
+        return {
+            **summary,
+            "goodput": f"{100 * self.spent.goodput(event.seconds):.0f}% since this start",
+            "limit": self.limit.sentence,
+        }
 
     @property
     def waiting(self) -> tuple[int, str]:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from trainfleet.monitor.history.goodput import COMPUTING, OUTSIDE, UNDONE, Goodput, Ledger
+from trainfleet.monitor.history.goodput import UNDONE, Goodput, Ledger
 from trainfleet.monitor.history.steps import Steps
+from trainfleet.monitor.limit import COMPUTING
+from trainfleet.monitor.spent import OUTSIDE
 
 PHASES = {"data": 0.1, "forward": 0.2, "backward": 0.4, "communication": 0.1, "optimizer": 0.1, "evaluation": 0.1}
 

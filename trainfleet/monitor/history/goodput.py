@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainfleet.events import CheckpointSaved, Evaluated, RunStarted, StepEnded
+from trainfleet.monitor.limit import COMPUTING
+from trainfleet.monitor.spent import OUTSIDE
+from trainfleet.stopwatch import PRODUCTIVE
 
-COMPUTING = "computing"
-"""What files without phases know of forward, backward, communication and optimizer."""
-PRODUCTIVE = ("forward", "backward", "communication", "optimizer", COMPUTING)
 UNDONE = "undone steps"
-OUTSIDE = "outside steps"
-"""Starts, restarts, stalls, the end: what no step and no evaluation accounts for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +42,7 @@ class Goodput:
         """Between 0 and 1; NaN before any time has passed."""
         if self.seconds <= 0:
             return math.nan
-        return sum(self.parts.get(name, 0.0) for name in PRODUCTIVE) / self.seconds
+        return sum(self.parts.get(name, 0.0) for name in (*PRODUCTIVE, COMPUTING)) / self.seconds
 
 
 class Ledger:
