@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainfleet.errors import StoreError
+from trainfleet.errors import ConfigError, StoreError
 from trainfleet.events import CheckpointFailed, CheckpointSaved, Evaluated, Event, Restored, RunEnded, Tracked
 from trainfleet.monitor.history import read_run
 from trainfleet.monitor.history import run as module
@@ -111,6 +111,14 @@ def test_what_is_no_run_is_a_sentence_that_names_the_runs_beside_it(tmp_path: Pa
     with pytest.raises(StoreError, match=r"silent has no metrics\.jsonl") as silent:
         read_run(tmp_path / "silent")
     assert "monitor.jsonl=false" in str(silent.value.hint)
+
+
+def test_a_spoilt_recipe_is_what_the_run_told_of_itself_or_a_sentence(tmp_path: Path, story: Any) -> None:
+    RunFolder(tmp_path).write_recipe("train: {steps: [\n")
+    assert read_run(write(tmp_path, story.started())).recipe == {"train": {"steps": 40}}
+    write(tmp_path, story.started(recipe={}))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml.* is not YAML"):
+        read_run(tmp_path)
 
 
 def test_reports_of_ranks_anomalies_and_alerts_are_kept_and_counted(tmp_path: Path, story: Any) -> None:

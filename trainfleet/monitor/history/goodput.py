@@ -59,7 +59,7 @@ class Ledger:
     def add(self, row: Mapping[str, Any], stands: bool) -> None:
         """`row` as `read_rows` gives it."""
         time = row.get("time")
-        if isinstance(time, float) and math.isfinite(time):
+        if isinstance(time, (int, float)) and math.isfinite(time):
             self._first = time if self._first is None else self._first
             self._last = max(self._last, time)
         event = row["event"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfleet.config.yaml import read_yaml_file
-from trainfleet.errors import StoreError
+from trainfleet.errors import ConfigError, StoreError
 from trainfleet.events import (
     AlertFired,
     AnomalySeen,
@@ -207,8 +207,7 @@ def read_run(path: str | Path, *, now: float | None = None) -> History:
             history.num_torn += 1
     history.goodput = ledger.goodput(history.steps.phases, (now or time.time()) if running else None)
     if files.recipe.is_file():
-        recipe, _ = read_yaml_file(files.recipe)
-        history.recipe = recipe if isinstance(recipe, Mapping) else history.recipe
+        history.recipe = _recipe(files.recipe, told=history.recipe)
     return history
 
 
@@ -217,6 +216,17 @@ def _others_beside(path: Path) -> str | None:
     found = sorted(each for each in folder.iterdir() if each.is_dir() and is_run(each)) if folder.is_dir() else []
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return f"Runs there: {', '.join(map(str, found[:8]))}{more}." if found else None
+
+
+def _recipe(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file says; what the run told of itself where somebody has spoilt the file."""
+    try:
+        recipe, _ = read_yaml_file(path)
+    except ConfigError:
+        if told:
+            return told
+        raise
+    return recipe if isinstance(recipe, Mapping) else told
 
 
 def _environments(path: Path) -> list[Mapping[str, Any]]:
