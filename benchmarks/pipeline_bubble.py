@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,7 @@ def measured(count: int, rounds: int, *, width: int) -> dict[str, Any] | None:
     from trainfleet.parallel import parallelize
     from trainfleet.parallel.pipeline.engine import PipelineEngine
     from trainfleet.plan import Plan
+    from trainfleet.stopwatch import Stopwatch
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -100,11 +100,12 @@ def measured(count: int, rounds: int, *, width: int) -> dict[str, Any] | None:
         for i in range(rounds + 1):
             for schedule, engine in engines.items():
                 mesh.world.barrier()
-                begun = time.perf_counter()
-                engine.forward_backward(batches)
-                engine.step()
-                seconds = time.perf_counter() - begun
-                shares = mesh.world.exchange(engine.waited_seconds / engine.schedule_seconds)
+                with Stopwatch() as watch:
+                    engine.forward_backward(batches)
+                    phases = watch.take()
+                    engine.step()
+                    seconds = sum(phases.values()) + sum(watch.take().values())
+                shares = mesh.world.exchange(phases["communication"] / sum(phases.values()))
                 if i:
                     found[schedule]["shares"].append(statistics.mean(shares))
                     found[schedule]["seconds"].append(seconds)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from trainfleet.stopwatch import PHASES, Stopwatch, timed
+from trainfleet.stopwatch import PHASES, DeviceStopwatch, Stopwatch, timed
 
 
 class Clock:
@@ -100,3 +100,68 @@ def test_one_inside_another_takes_over_for_a_while(time: Clock) -> None:
         with timed("forward"):
             time.sleep(0.01)
         assert outer.take()["forward"] >= 0.00999
+
+
+class Device:
+    """Works off a queue, an order after the other, at its own pace; the host never waits for it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._free_at = 0.0
+
+    def order(self, seconds: float) -> None:
+        self._free_at = max(self._free_at, self._clock.now) + seconds
+
+    def mark(self) -> float:
+        return max(self._free_at, self._clock.now)
+
+    def seconds(self, earlier: float, later: float) -> float | None:
+        return later - earlier if later <= self._clock.now else None
+
+
+def test_of_a_device_its_own_time_counts_and_what_it_has_not_reached_counts_later(time: Clock) -> None:
+    device = Device(time)
+    with DeviceStopwatch(device) as watch:
+        with timed("data"):
+            time.sleep(0.1)  # the device has nothing to do
+        with timed("forward"):
+            device.order(1.0)
+            time.sleep(0.01)  # of the host, to give the order
+        with timed("backward"):
+            device.order(2.0)
+            with timed("communication"):
+                device.order(0.5)
+        time.sleep(3.5)  # as for the loss
+        with timed("optimizer"):
+            device.order(0.25)
+        first = watch.take()
+        assert first["data"] == pytest.approx(0.1)
+        assert first["forward"] == pytest.approx(1.0)
+        assert first["backward"] == pytest.approx(2.0)
+        assert first["communication"] == pytest.approx(0.5)
+        assert first["optimizer"] == 0.0
+        time.sleep(1.0)
+        second = watch.take()
+        assert second["optimizer"] == pytest.approx(0.25)
+        assert sum(first.values()) + sum(second.values()) == pytest.approx(time.now)
+
+
+def test_the_backward_of_a_device_may_run_in_another_thread(time: Clock) -> None:
+    device = Device(time)
+
+    def elsewhere() -> None:
+        with timed("communication"):
+            time.sleep(0.25)
+
+    def run() -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with DeviceStopwatch(device) as watch:
+        with timed("backward"):
+            time.sleep(0.5)
+            run()
+        run()  # this one works for nobody
+        taken = watch.take()
+    assert (taken["backward"], taken["communication"], taken["other"]) == (0.5, 0.25, 0.25)

@@ -7,14 +7,17 @@
                 ...
         watch.take()                        # {"forward": 0.031, "communication": 0.004, "other": 0.001, ...}
 
-The phases that `take` gives add up to the time since the `take` before.
+The phases that `take` gives add up to the time since the `take` before. A device that works behind the host has a
+clock of its own: `DeviceStopwatch`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from time import perf_counter
 from types import TracebackType
+from typing import Any, Protocol
 
 PHASES = (
     "data",
@@ -43,6 +46,8 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_lent: DeviceStopwatch | None = None
+"""To threads that have none: torch computes the backward of a device in threads of its own."""
 
 
 class Stopwatch:
@@ -89,6 +94,66 @@ class Stopwatch:
         _running.watch = self._before
 
 
+class Marks(Protocol):
+    """Moments of a device that works through a queue behind the host."""
+
+    def mark(self) -> Any:
+        """The moment when it will have done all that it has been told until now."""
+        ...
+
+    def seconds(self, earlier: Any, later: Any) -> float | None:
+        """From one to the next, which then is `earlier`; at once, so None where it has not come to `later` yet."""
+        ...
+
+
+class DeviceStopwatch(Stopwatch):
+    """Counts the time of a device, which stands still while the host is behind with its orders.
+
+    Nothing waits for the device: `take` gives the phases up to the last mark that it has reached, and what is left of
+    a step, mostly its update, counts in the next one.
+    """
+
+    def __init__(self, marks: Marks) -> None:
+        super().__init__()
+        self._marks = marks
+        self._last: Any = None
+        self._ahead: deque[tuple[str, Any]] = deque()  # phases that the device may not have left yet, and where it will
+
+    def take(self) -> dict[str, float]:
+        self._count()
+        taken = dict.fromkeys(PHASES, 0.0)
+        while self._ahead:
+            phase, mark = self._ahead[0]
+            seconds = self._marks.seconds(self._last, mark)
+            if seconds is None:
+                break
+            taken[phase] += seconds
+            self._last = mark
+            self._ahead.popleft()
+        return taken
+
+    def open(self, phase: str) -> None:
+        global _lent
+        super().open(phase)
+        if phase == "backward":
+            _lent = self
+
+    def close(self) -> None:
+        global _lent
+        super().close()
+        if "backward" not in self._open:
+            _lent = None
+
+    def _count(self) -> None:
+        self._ahead.append((self._open[-1], self._marks.mark()))
+
+    def __enter__(self) -> DeviceStopwatch:
+        super().__enter__()
+        self._last = self._marks.mark()
+        self._ahead.clear()
+        return self
+
+
 class timed:
     """Inside, time belongs to `phase`, one of PHASES, if a Stopwatch runs in this thread; else it costs nothing."""
 
@@ -98,7 +163,7 @@ class timed:
         self._phase = phase
 
     def __enter__(self) -> None:
-        self._watch = _running.watch
+        self._watch = _running.watch or _lent
         if self._watch is not None:
             self._watch.open(self._phase)
 

@@ -31,6 +31,7 @@ from trainfleet.comm.mpi_roll_call import RollCall
 from trainfleet.comm.numbers import add_up_, as_numpy, check_reduction, is_small_float, like, reduce_parts, signature
 from trainfleet.deps import require
 from trainfleet.errors import DependencyError, PeerError
+from trainfleet.stopwatch import timed
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -324,7 +325,8 @@ class MpiWork:
         if self._steps is None:
             return
         try:
-            self._wait((timeout or self._group.timeout).total_seconds())
+            with timed("communication"):
+                self._wait((timeout or self._group.timeout).total_seconds())
         except BaseException as error:
             self._group.give_up(error, self)
             raise

@@ -19,6 +19,7 @@ import numpy as np
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
 from trainfleet.comm.numbers import check_reduction, reduce_parts, signature
 from trainfleet.errors import PeerError
+from trainfleet.stopwatch import timed
 
 T = TypeVar("T")
 
@@ -108,7 +109,8 @@ class _Room:
 
     def wait_until(self, done: Callable[[], bool], complaint: Callable[[], str], timeout: timedelta | None) -> None:
         seconds = (timeout or self.timeout).total_seconds()
-        self.changed.wait_for(lambda: done() or self.failure is not None, seconds)
+        with timed("communication"):
+            self.changed.wait_for(lambda: done() or self.failure is not None, seconds)
         if done():
             return
         if self.failure is not None:

@@ -23,6 +23,7 @@ from trainfleet.comm.environment import RankEnvironment
 from trainfleet.comm.group import DEADLINE, Array, Json, Reduction
 from trainfleet.comm.rendezvous import meet
 from trainfleet.errors import PeerError
+from trainfleet.stopwatch import timed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -235,10 +236,11 @@ class TorchWork:
 
 @contextmanager
 def _translated(operation: str, rank: int, size: int, name: str = "") -> Iterator[None]:
-    """What torch raises when a peer is gone or late, as PeerError."""
+    """What torch raises when a peer is gone or late, as PeerError; the time inside is that of communication."""
     began = time.monotonic()
     try:
-        yield
+        with timed("communication"):
+            yield
     except (dist.DistError, RuntimeError) as exc:
         where = f" along {name}" if name else ""
         cause = str(exc).split("\nException raised from")[0].strip()

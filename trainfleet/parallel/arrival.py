@@ -13,6 +13,7 @@ from trainfleet.errors import DataError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.randomness import mixed, number_in_step, seed_micro_batch
 from trainfleet.plan import Plan
+from trainfleet.stopwatch import timed
 
 Prepare: TypeAlias = Callable[..., Batch]
 """batch -> batch. One that has a parameter `training` is told by it whether the batch is trained on."""
@@ -35,13 +36,14 @@ class Arrival:
 
     def __call__(self, batch: Batch, step: int, i: int) -> Batch:
         """This rank's `i`-th micro-batch of a step of training."""
-        batch = to_device(batch, self._mesh.device)
-        if self._prepare is None:
-            return batch
-        if self._seed is not None:
-            number = number_in_step(i, self._parts, self._mesh.data_axes)
-            seed_micro_batch(mixed(self._seed ^ _OWN), step, number)
-        return self._prepared(batch, training=True)
+        with timed("transfer"):
+            batch = to_device(batch, self._mesh.device)
+            if self._prepare is None:
+                return batch
+            if self._seed is not None:
+                number = number_in_step(i, self._parts, self._mesh.data_axes)
+                seed_micro_batch(mixed(self._seed ^ _OWN), step, number)
+            return self._prepared(batch, training=True)
 
     def for_evaluation(self, batch: Batch) -> Batch:
         batch = to_device(batch, self._mesh.device)

@@ -35,6 +35,7 @@ from trainfleet.parallel.spread import Spread, spread_of
 from trainfleet.parallel.usage import Usage
 from trainfleet.plan import Plan
 from trainfleet.state import Setting, Stateful
+from trainfleet.stopwatch import timed
 
 LossFunction = Callable[[Any, Batch], Any]
 """(output, batch) -> LossSum, or a scalar tensor where all micro-batches are equal."""
@@ -121,7 +122,10 @@ class NativeEngine:
         return self._scaler.scale if self._scaler else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
-        micro_batches = parts_of(micro_batches, self.plan)
+        with timed("backward"), self.spread.watched():  # whatever is not forward, transfer or communication
+            return self._forward_backward(parts_of(micro_batches, self.plan))
+
+    def _forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
         if not self.model.training:  # walking through all modules costs 0.1 ms
             self.model.train()
         self._usage.start()
@@ -215,11 +219,12 @@ class NativeEngine:
         scale_gradients_(self._usage.parameters, factor)
 
     def clip(self, max_norm: float | None) -> float:
-        self._norm = self._measure_norm()
-        norm = float(self._norm)
-        if max_norm is not None and norm > max_norm and norm != float("inf"):
-            scale_gradients_(self._usage.parameters, max_norm / norm)
-        return norm
+        with timed("optimizer"):
+            self._norm = self._measure_norm()
+            norm = float(self._norm)
+            if max_norm is not None and norm > max_norm and norm != float("inf"):
+                scale_gradients_(self._usage.parameters, max_norm / norm)
+            return norm
 
     def _measure_norm(self) -> Tensor:
         tensor_group = self.mesh["tp"] if self.plan.tp > 1 else None
@@ -227,6 +232,10 @@ class NativeEngine:
         return gradient_norm(self._usage.parameters, self.mesh.shard_axes, tensor_group, expert_group)
 
     def step(self) -> bool:
+        with phase("optimizer", self.model, self.optimizer):
+            return self._step()
+
+    def _step(self) -> bool:
         if self._scaler is not None:
             norm = self._norm if self._norm is not None else self._measure_norm()
             overflow = not bool(torch.isfinite(norm))
@@ -234,8 +243,7 @@ class NativeEngine:
         else:
             overflow = False
         if not overflow:
-            with phase("optimizer", self.model, self.optimizer):
-                self.optimizer.step()
+            self.optimizer.step()
             if not self._is_checked:
                 refuse_narrow_state(self.model.named_parameters(), self.optimizer)
                 self._is_checked = True

@@ -7,6 +7,7 @@ never in what is computed.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from torch.distributed.fsdp import (
 
 from trainfleet.parallel.layout import is_split_over
 from trainfleet.parallel.replicate import BUCKET_BYTES
-from trainfleet.parallel.torch_private import reduce_unused_gradients
+from trainfleet.parallel.torch_private import exchange_within, reduce_unused_gradients
 from trainfleet.plan import Plan
+from trainfleet.stopwatch import timed
 
 
 def units_of(model: nn.Module, blocks: Sequence[nn.Module], plan: Plan) -> Sequence[nn.Module]:
@@ -73,6 +75,7 @@ def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, plan: 
     for entry in plan.entry_points:
         register_fsdp_forward_method(model, entry)
     reduce_unused_gradients(root)
+    exchange_within(root, functools.partial(timed, "communication"))
     return root
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.layout import is_sharded
-from trainfleet.parallel.torch_private import forget_iteration
+from trainfleet.parallel.torch_private import forget_iteration, waits_within
 from trainfleet.plan import Plan
+from trainfleet.stopwatch import timed
 
 if TYPE_CHECKING:
     from trainfleet.parallel.budget import Budget
@@ -67,6 +69,15 @@ class Spread:
         except BaseException:
             self.forget_step()
             raise
+
+    def watched(self) -> AbstractContextManager[None]:
+        """While it is entered, the time in which layers or sequences in pieces wait for other ranks is communication.
+
+        That of compiled blocks is not seen, for they call the exchanges of the backend themselves.
+        """
+        if (self.split is None and self.context is None) or self.plan.compile:
+            return nullcontext()
+        return waits_within(functools.partial(timed, "communication"))
 
     def forget_step(self) -> None:
         """Drop whatever a broken forward or backward left under way."""

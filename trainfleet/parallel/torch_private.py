@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.distributed import _functional_collectives
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -42,6 +43,7 @@ __all__ = [
     "adjusted_muon_rate",
     "backward_of_inputs",
     "backward_of_parameters",
+    "exchange_within",
     "flash_attention",
     "flash_attention_backward",
     "forget_iteration",
@@ -55,6 +57,7 @@ __all__ = [
     "outside_modes",
     "reduce_unused_gradients",
     "torch_schedule",
+    "waits_within",
     "with_local",
     "without_numbers",
     "without_torch_functions",
@@ -66,7 +69,7 @@ UNSEEN_OPERATORS = (UnsupportedFakeTensorException, UnsupportedOperatorException
 """What it raises where an operator does not say what it would give."""
 
 
-def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
+def _sharded_groups(root: FSDPModule) -> Iterator[Any]:
     assert isinstance(root, nn.Module)
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -74,8 +77,12 @@ def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
             groups = getattr(state, "_fsdp_param_groups", None)
             if groups is None:  # before torch 2.13 there was one
                 groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-            for group in groups:
-                yield from group.fsdp_params
+            yield from groups
+
+
+def _sharded_parameters(root: FSDPModule) -> Iterator[Any]:
+    for group in _sharded_groups(root):
+        yield from group.fsdp_params
 
 
 def gathered_parameters(root: FSDPModule) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -106,6 +113,39 @@ def forget_iteration(root: FSDPModule) -> None:
         each.sharded_param.grad = None
         if hasattr(each, "_unsharded_param"):
             each._unsharded_param.grad = None  # torch says that it discards it too, but does not
+
+
+_EXCHANGES = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+"""Where FSDP2 gathers parameters, takes what came, scatters gradients, and waits for the last of them."""
+
+
+def exchange_within(root: FSDPModule, entered: Callable[[], AbstractContextManager[Any]]) -> None:
+    """From now on FSDP2 packs, exchanges, awaits and unpacks parameters and gradients inside of `entered()`.
+
+    On a CPU the loop itself waits there for the other ranks, on a GPU the stream that computes.
+    """
+    for group in _sharded_groups(root):
+        for name in _EXCHANGES:
+            setattr(group, name, _within(entered, getattr(group, name)))
+
+
+def _within(entered: Callable[[], AbstractContextManager[Any]], call: Callable[..., Any]) -> Callable[..., Any]:
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with entered():
+            return call(*args, **kwargs)
+
+    return inside
+
+
+@contextmanager
+def waits_within(entered: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """While it is entered, whoever needs the result of an exchange of DTensors waits for it inside of `entered()`."""
+    plain = _functional_collectives.wait_tensor
+    _functional_collectives.wait_tensor = _within(entered, plain)
+    try:
+        yield
+    finally:
+        _functional_collectives.wait_tensor = plain
 
 
 def with_local(array: DTensor, local: Tensor) -> DTensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from trainfleet.comm.group import Group
 from trainfleet.events import Event, RanksReported, StepEnded, Tracked
-from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks, reduced
 
 
@@ -57,8 +56,7 @@ class RankReports:
             "system": dict(self._system()) if self._system is not None else {},
             "tracks": self._tracks.take(),
         }
-        with timed("communication"):
-            told = self._group.exchange(own)
+        told = self._group.exchange(own)
         tracked = reduced([each.pop("tracks") for each in told])
         report = RanksReported(step=ended.step, steps=self._steps, ranks=told)
         self._begin()

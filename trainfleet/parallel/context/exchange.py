@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainfleet.stopwatch import timed
+
 
 class Passing:
     """Tensors on their way to the next rank of the ring while those of the one before come in."""
@@ -28,8 +30,9 @@ class Passing:
 
     def wait(self) -> list[Tensor]:
         """What came from the rank before, shaped as what was sent."""
-        for work in self._works:
-            work.wait()
+        with timed("communication"):
+            for work in self._works:
+                work.wait()
         parts = torch.split(self._received, [tensor.numel() for tensor in self._like])
         return [part.view(tensor.shape) for part, tensor in zip(parts, self._like)]
 
@@ -77,7 +80,8 @@ def _move(tensors: Sequence[Tensor], group: dist.ProcessGroup, back: bool) -> tu
     received = torch.empty_like(sent)
     counts_in = [sum(lengths) * sum(source[half] == each for half in coming) for each in range(size)]
     counts_out = [sum(lengths) * sum(owner[half] == each for half in held(rank, size)) for each in range(size)]
-    dist.all_to_all_single(received, sent, counts_in, counts_out, group=group)
+    with timed("communication"):
+        dist.all_to_all_single(received, sent, counts_in, counts_out, group=group)
     parts = dict(zip(coming, torch.split(received, sum(lengths))))
     split = {half: torch.split(part, lengths) for half, part in parts.items()}
     return tuple(
@@ -114,5 +118,6 @@ def traded(tensor: Tensor, group: dist.ProcessGroup, *, cut: int, joined: int) -
 def _trade(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) -> Tensor:
     sent = torch.stack(tensor.chunk(group.size(), cut)).contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with timed("communication"):
+        dist.all_to_all_single(received, sent, group=group)
     return torch.cat(received.unbind(0), joined)

@@ -42,6 +42,7 @@ from trainfleet.parallel.randomness import number_in_step, seed_micro_batch
 from trainfleet.parallel.spread import spread_of
 from trainfleet.plan import Plan
 from trainfleet.state import Stateful
+from trainfleet.stopwatch import timed
 
 
 class DeepSpeedEngine:
@@ -95,7 +96,10 @@ class DeepSpeedEngine:
         return self.scaler.scale if self.scaler else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
-        micro_batches = parts_of(micro_batches, self.plan)
+        with timed("backward"):  # whatever is not forward, transfer or communication
+            return self._forward_backward(parts_of(micro_batches, self.plan))
+
+    def _forward_backward(self, micro_batches: Sequence[Batch]) -> LossSum:
         if not self.model.training:
             self.model.train()
         if self._has_gradients:  # no step took them: an error came between, or nobody wanted them
@@ -154,6 +158,10 @@ class DeepSpeedEngine:
         return (first.item() or 1.0) * num_micro_batches * self.mesh.data_axes.size / shares
 
     def clip(self, max_norm: float | None) -> float:
+        with timed("optimizer"):
+            return self._clip(max_norm)
+
+    def _clip(self, max_norm: float | None) -> float:
         if self._zero is None:
             self._norm = float(gradient_norm(self._use.parameters, self.mesh["dp_shard"]))
         else:
@@ -168,14 +176,17 @@ class DeepSpeedEngine:
         return norm
 
     def step(self) -> bool:
+        with phase("optimizer", self.model, self.optimizer):
+            return self._step()
+
+    def _step(self) -> bool:
         if self.scaler is not None:
             norm = self._norm if self._norm is not None else self.clip(None)
             overflow = not torch.isfinite(torch.tensor(norm)).item()
             self.scaler.update(overflow=overflow)
             if overflow:
                 return self.skip()
-        with phase("optimizer", self.model, self.optimizer):
-            updated = self._step_of_deepspeed()
+        updated = self._step_of_deepspeed()
         self._is_checked = True
         self._has_gradients = False
         self.steps += 1

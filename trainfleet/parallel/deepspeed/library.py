@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from trainfleet.comm.torch_group import TorchGroup
 from trainfleet.deps import require
 from trainfleet.errors import PlanError
 from trainfleet.mesh import Mesh
+from trainfleet.stopwatch import timed
 
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 
@@ -52,7 +53,48 @@ def initialize(model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any]
         raise PlanError(f"DeepSpeed refuses this configuration: {error}") from error
     finally:
         functional.linear = linear  # stage 3 puts its own there, for all models and for ever: see `linear_layers`
+    _time_exchanges(library.comm.comm.cdb)
     return engine
+
+
+_EXCHANGES = (
+    *("all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "broadcast", "barrier"),
+    *("reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor", "all_gather_coalesced"),
+    *("all_to_all", "all_to_all_single"),
+)
+"""What its stages call of the backend that all its engines share."""
+
+
+def _time_exchanges(backend: Any) -> None:
+    """Let the time in which it exchanges, or waits for what it has begun, be that of communication."""
+    for name in _EXCHANGES:
+        exchange = getattr(backend, name, None)
+        if exchange is not None and not isinstance(exchange, _Exchange):
+            setattr(backend, name, _Exchange(exchange))
+
+
+class _Exchange:
+    def __init__(self, exchange: Callable[..., Any]) -> None:
+        self._exchange = exchange
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with timed("communication"):
+            work = self._exchange(*args, **kwargs)
+        return _Work(work) if hasattr(work, "wait") else work
+
+
+class _Work:
+    """An exchange of DeepSpeed's under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with timed("communication"):
+            return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainfleet.stopwatch import timed
+
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens [M, C], experts [M, 1] counted from this rank's first, weights [M, 1] of one) -> [M, C]."""
 
@@ -28,7 +30,8 @@ def dispatched(
     order = order[: int((flat < num_experts).sum())]
     sent = (flat[order] // own).bincount(minlength=group.size())
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with timed("communication"):
+        dist.all_to_all_single(received, sent, group=group)
     out, back = sent.tolist(), received.tolist()
     rows = order // chosen.shape[1]
     if torch.is_grad_enabled() and not tokens.requires_grad:
@@ -61,5 +64,6 @@ class _Exchange(torch.autograd.Function):
 def _exchange(tensor: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """The rows that each rank has for this one, in the order of the ranks."""
     result = tensor.new_empty((sum(received), *tensor.shape[1:]))
-    dist.all_to_all_single(result, tensor.contiguous(), list(received), list(sent), group=group)
+    with timed("communication"):
+        dist.all_to_all_single(result, tensor.contiguous(), list(received), list(sent), group=group)
     return result

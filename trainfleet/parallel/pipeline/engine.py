@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,10 +39,6 @@ class PipelineEngine(NativeEngine):
         super().__init__(*args, **kwargs)
         assert self.spread.pipeline is not None
         self.pipeline: Pipeline = self.spread.pipeline
-        self.waited_seconds = 0.0
-        """How long this rank waited for others in the schedule of the last step: its share of the bubble."""
-        self.schedule_seconds = 0.0
-        """How long that schedule took here."""
         self._orders: dict[int, list[Action]] = {}
         self._splits = self.plan.schedule in SPLITS and self._can_split()
         self._counted = [  # a tied parameter by its first holder
@@ -89,7 +84,6 @@ class PipelineEngine(NativeEngine):
         left = {stage: len(batches) for stage in self.pipeline.held}
         losses: dict[int, Tensor] = {}
         self.spread.average.enabled = False
-        begun = time.perf_counter()
         for action in actions:
             stage, i = action.stage, action.micro_batch
             if action.kind == "F":
@@ -110,7 +104,6 @@ class PipelineEngine(NativeEngine):
             else:
                 flow.exchange(action)
         flow.finish()
-        self.waited_seconds, self.schedule_seconds = flow.waited_seconds, time.perf_counter() - begun
         return self._finish_step(sums, scale)
 
     def _flow(self, batches: Sequence[Batch], seed: Callable[[int], None] | None = None) -> Flow:

@@ -6,7 +6,6 @@ where the one before it stopped, as one process would.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -65,8 +64,6 @@ class Flow:
         self._sending: list[tuple[Work, Tensor]] = []
         self._passed: dict[_Place, _Passed] = {}
         self._generators = _Generators(pipeline.device)
-        self.waited_seconds = 0.0
-        """How long this rank had to wait for what others send; on a GPU its queue waits instead."""
 
     # messages
 
@@ -109,9 +106,7 @@ class Flow:
         if (kind, place) not in self._receiving:
             return None, []
         message, buffer, work = self._receiving.pop((kind, place))
-        begun = time.perf_counter()
         work.wait()
-        self.waited_seconds += time.perf_counter() - begun
         head, tensors = message.unpacked(buffer)
         return head, list(tensors)
 
@@ -127,10 +122,8 @@ class Flow:
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
-        begun = time.perf_counter()
         for work, _ in self._sending:
             work.wait()
-        self.waited_seconds += time.perf_counter() - begun
         self._sending.clear()
 
     # computing

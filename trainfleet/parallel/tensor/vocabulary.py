@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from trainfleet.errors import PlanError
 from trainfleet.parallel.tensor.exchange import local_of, placed, whole_of
 from trainfleet.parallel.tensor.layer import Region, layer_of
+from trainfleet.stopwatch import timed
 
 _SOURCE = "plan.tp_vocabulary"
 
@@ -220,14 +221,16 @@ class _TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         largest = wide.amax(-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        with timed("communication"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         centred = wide - largest[:, None]
         own, is_own = _own(target, dist.get_rank(group), logits.shape[-1])
         at_target = centred.gather(-1, own[:, None]).squeeze(-1).masked_fill(~is_own, 0.0)
         of_all = centred.sum(-1) if smoothing else torch.zeros_like(at_target)
         exponentials = centred.exp_()
         numbers = torch.stack([exponentials.sum(-1), at_target, of_all])
-        dist.all_reduce(numbers, group=group)
+        with timed("communication"):
+            dist.all_reduce(numbers, group=group)
         partition, at_target, of_all = numbers.unbind()
         log_partition = partition.log()
         losses = log_partition - at_target
