@@ -8,7 +8,7 @@ import math
 import pytest
 
 from trainfleet.errors import ConfigError
-from trainfleet.training.schedule import SHAPES, ScheduleConfig, multiple
+from trainfleet.training.schedule import SHAPES, Rates, ScheduleConfig, multiple
 
 
 def test_warmup_rises_in_a_straight_line_to_the_base_rate() -> None:
@@ -60,3 +60,14 @@ def half(step: int, steps: int) -> float:
 def test_impossible_settings_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ScheduleConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_rates_of_all_groups_are_multiples_of_what_they_began_with() -> None:
+    torch = pytest.importorskip("torch")
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [each], "lr": rate} for each, rate in zip(parameters, (1.0, 0.5))]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    rates = Rates(optimizer, ScheduleConfig(name="linear", warmup_steps=4, final=0.0))
+    assert rates.set(2, 100) == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    assert rates.set(100, 100) == 0.0

@@ -11,6 +11,7 @@ from trainfleet.events import (
     Evaluated,
     Event,
     Noted,
+    RanksReported,
     Restored,
     RunEnded,
     RunStarted,
@@ -25,7 +26,7 @@ from trainfleet.monitor.units import readable_bytes, readable_duration, readable
 class Lines:
     """Writes the first, the last and each `log_interval`-th step, and everything else as it comes.
 
-    A line begins with what it is (`run`, `step`, `eval`, `save`, `track`, `note`, `end`), so that
+    A line begins with what it is (`run`, `step`, `eval`, `save`, `slow`, `track`, `note`, `end`), so that
     `grep ^eval` finds all evaluations; numbers carry no separators.
     """
 
@@ -56,6 +57,9 @@ class Lines:
             self._write("load", self._at(event.step), event.path)
         elif isinstance(event, SamplesSkipped):
             self._write("skip", f"{event.count} bad samples so far", f"such as {event.example}")
+        elif isinstance(event, RanksReported):
+            if line := self._progress.report(event):
+                self._write("slow", self._at(event.step), line)
         elif isinstance(event, Noted):
             self._write("note", self._at(event.step), event.title)
             for line in printable(event.text).splitlines():
@@ -92,6 +96,8 @@ class Lines:
             f"samples/s {progress.throughput.samples_per_second:<6.1f}",
             f"memory {readable_bytes(event.memory_bytes):<7}",
         ]
+        if (mfu := progress.throughput.mfu) is not None:
+            words.append(f"mfu {mfu:.1%}")
         if not math.isnan(remaining := progress.remaining_seconds):
             words.append(f"eta {readable_duration(remaining)}")
         if feed := progress.feed:

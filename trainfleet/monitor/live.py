@@ -21,6 +21,7 @@ from trainfleet.events import (
     Evaluated,
     Event,
     Noted,
+    RanksReported,
     Restored,
     RunEnded,
     RunStarted,
@@ -70,6 +71,9 @@ class LiveLine:
         elif isinstance(event, SamplesSkipped):
             at = self._progress.last.step if self._progress.last else 0
             self._keep(at, f"{event.count} bad samples left out so far, such as {event.example}", style="yellow")
+        elif isinstance(event, RanksReported):
+            if line := self._progress.report(event):
+                self._keep(event.step, line, style="yellow")
         elif isinstance(event, Noted):
             text = Text(printable(event.text).strip("\n"))
             box = Panel(text, title=Text(event.title), title_align="left", border_style="dim", box=ROUNDED)
@@ -181,6 +185,8 @@ def fit_line(progress: Progress, *, width: int) -> Text:
         parts += [(2, "waits for data", f"{percent}%"), (5, "of it", causes)][: 1 + bool(causes)]
     if feed := progress.feed:
         parts.append((5, "feed", feed))
+    if speed.mfu is not None:
+        parts.append((8, "mfu", f"{speed.mfu:.1%}"))
     if step.loss_scale is not None:
         parts.append((9, "scale", f"{step.loss_scale:g}"))
     parts += [(10 + i, name, f"{value:.4g}") for i, (name, value) in enumerate(progress.tracked.items())]

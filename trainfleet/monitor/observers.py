@@ -40,7 +40,19 @@ class MonitorConfig:
     curve: bool = True
     """The picture loss.png, at evaluations and at the end. Switch it off to train without the extra `monitor`."""
 
+    mfu: bool = True
+    """Model FLOPs utilisation: the share of the devices' peak that the model makes use of. Known from step log_interval
+    on, when the model runs once more, on tensors without numbers. Switch it off where its forward must not."""
+    flops_per_token: float | None = None
+    """FLOPs of forward and backward for one token; null: counted. Give it where custom operators escape the count."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of one device; null: by the data sheet of the GPU, or measured on a processor."""
+
     def __post_init__(self) -> None:
+        for name in ("flops_per_token", "peak_flops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"monitor.{name} is {value}; it is a positive number, or null to have it found.")
         if self.log_interval < 1:
             raise ConfigError(
                 f"monitor.log_interval is {self.log_interval}; use at least 1, or monitor.console=false for silence."

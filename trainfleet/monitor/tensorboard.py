@@ -108,6 +108,9 @@ def _scalars(event: StepEnded) -> dict[str, float]:
         "time/data_seconds": event.data_seconds,
         "memory/bytes": event.memory_bytes,
     }
+    values |= {f"time/{phase}_seconds": seconds for phase, seconds in event.phases.items() if seconds}
+    if event.mfu is not None:
+        values["speed/mfu"] = event.mfu
     values |= {f"time/wait_{cause}_seconds": seconds for cause, seconds in event.waits.items() if seconds}
     if event.grad_norm is not None:
         values["train/grad_norm"] = event.grad_norm

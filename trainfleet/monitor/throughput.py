@@ -20,6 +20,7 @@ class _Step:
     data_seconds: float
     waits: Mapping[str, float]
     received_bytes: int
+    mfu: float | None
 
 
 class Throughput:
@@ -44,6 +45,7 @@ class Throughput:
                 data_seconds=event.data_seconds,
                 waits=event.waits,
                 received_bytes=event.received_bytes,
+                mfu=event.mfu,
             )
         )
         if self._started is None:
@@ -63,6 +65,13 @@ class Throughput:
     @property
     def steps_per_second(self) -> float:
         return self._per_second(len(self._window))
+
+    @property
+    def mfu(self) -> float | None:
+        """Of the steps that have one, each for as long as it took; None before the first."""
+        known = [(step.mfu, step.seconds) for step in self._window if step.mfu is not None]
+        seconds = sum(each for _, each in known)
+        return sum(mfu * each for mfu, each in known) / seconds if seconds else None
 
     @property
     def received_bytes_per_second(self) -> float:

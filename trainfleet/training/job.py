@@ -31,6 +31,7 @@ from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.progress import Progress
 from trainfleet.training.recipe import Recipe
+from trainfleet.training.utilisation import open_utilisation
 from trainfleet.training.watching import watchers_of
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         seed_generators(recipe.train.seed, mesh.data_axes.rank)
         prepare = recipe.data.open_on_device()
         example = _example(recipe, given, micro, prepare) if recipe.plan.pp > 1 else None
-        model = parallelize(build_model(recipe, given), mesh, recipe.plan, example=example)
+        model = build_model(recipe, given)
+        loss_fn = given.loss_fn or loss_by_name(recipe.loss)
+        utilisation = open_utilisation(recipe, mesh, model, loss_fn, prepare)
+        model = parallelize(model, mesh, recipe.plan, example=example)
         optimizer = build_optimizer(
             recipe.optimizer.name,
             model,
@@ -148,7 +152,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
         trainer = Trainer(
             model,
             optimizer,
-            given.loss_fn or loss_by_name(recipe.loss),
+            loss_fn,
             batches,
             mesh=mesh,
             config=recipe.train,
@@ -160,6 +164,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             observers=observers,
             watchers=watchers_of(recipe, mesh, folder),
             report_every=recipe.monitor.log_interval,
+            utilisation=utilisation,
             prepare=prepare,
             step_fn=load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None,
             finish=_finish(recipe, model, mesh, folder),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainfleet.errors import ConfigError
 from trainfleet.plan import STRICT
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,21 @@ def multiple(config: ScheduleConfig, step: int, steps: int) -> float:
     after_warmup = max(1, steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / after_warmup)
     return SHAPES[config.name](progress, config)
+
+
+class Rates:
+    """The learning rates of an optimizer, each as a multiple of what it began with."""
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+        self._optimizer, self._config = optimizer, config
+        self._base = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def set(self, step: int, steps: int) -> float:
+        """Those for the step that makes `step` of `steps` taken; the first of them."""
+        factor = multiple(self._config, step, steps)
+        for group, base in zip(self._optimizer.param_groups, self._base):
+            group["lr"] = base * factor
+        return self._base[0] * factor
 
 
 def _constant(progress: float, config: ScheduleConfig) -> float:

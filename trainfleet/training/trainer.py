@@ -24,11 +24,12 @@ from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import used_bytes
 from trainfleet.parallel import Ema, Engine, make_engine
+from trainfleet.parallel.cuda_marks import stopwatch_for
 from trainfleet.parallel.randomness import Generators
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
-from trainfleet.stopwatch import Stopwatch, timed
+from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks
 from trainfleet.training.anomaly import Anomalies
 from trainfleet.training.evaluations import Evaluations
@@ -38,9 +39,10 @@ from trainfleet.training.rank_reports import RankReports
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.rollbacks import Rollbacks
 from trainfleet.training.saves import Saves
-from trainfleet.training.schedule import ScheduleConfig, multiple
+from trainfleet.training.schedule import Rates, ScheduleConfig
 from trainfleet.training.stop import StopVote
 from trainfleet.training.supply import Supply
+from trainfleet.training.utilisation import Utilisation
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher, Watchers
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class Trainer:
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
     restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank; each
     `report_every` steps all ranks tell what they measured, and with it the numbers of their machine that `system`
-    gives. `step_fn(engine, micro_batches) -> LossSum` takes the place
+    gives; `utilisation` knows the MFU of a step. `step_fn(engine, micro_batches) -> LossSum` takes the place
     of `engine.forward_backward`; `prepare(batch)` is called first, on the device. `finish` is called when all
     steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
     """
@@ -81,6 +83,7 @@ class Trainer:
         watchers: Sequence[Watcher] = (),
         report_every: int = 10,
         system: Callable[[], Mapping[str, float]] | None = None,
+        utilisation: Utilisation | None = None,
         states: Mapping[str, Stateful] | None = None,
         prepare: Callable[[Batch], Batch] | None = None,
         step_fn: Callable[[Engine, Sequence[Batch]], LossSum] | None = None,
@@ -103,8 +106,7 @@ class Trainer:
         """Optimizer steps of the whole run, unless `fit` is told otherwise."""
         self.ema = Ema(model, self.config.ema_decay) if self.config.ema_decay else None
         self._supply = Supply(batches, accumulation)
-        self._schedule = schedule or ScheduleConfig(name="constant")
-        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._rates = Rates(optimizer, schedule or ScheduleConfig(name="constant"))
         self._saves = (
             Saves(checkpointer, emit=self.observers.emit, metadata=metadata or {}) if checkpointer is not None else None
         )
@@ -124,7 +126,8 @@ class Trainer:
             evaluation, patience=self.config.early_stopping, world=mesh.world, new_tracks=new_tracks
         )
         self._reports = RankReports(mesh.world, self._tracks, every=report_every, device=mesh.device, system=system)
-        self._stopwatch = Stopwatch()
+        self._utilisation = utilisation
+        self._stopwatch = stopwatch_for(mesh.device)
         self._ended_at: float | None = None  # when the step before ended
         if self.config.evaluate_every and evaluation is None:
             raise ConfigError(
@@ -188,9 +191,8 @@ class Trainer:
             self._saves.tell()
             if not self._saves.is_prepared:
                 self._saves.prepare(self._all_states())
-        with timed("communication"):
-            if vote.says_stop():
-                return "interrupted"
+        if vote.says_stop():
+            return "interrupted"
         if not went_on:
             return "finished"
         every = self.config.evaluate_every
@@ -223,8 +225,9 @@ class Trainer:
         self._tracks.step = self.step + 1
         with timed("data"):
             micro_batches = self._supply.take(self.step)
-        self._watchers.begin(self.step + 1, micro_batches)
-        rate = self._set_rate(steps)
+        with timed("observers"):
+            self._watchers.begin(self.step + 1, micro_batches)
+        rate = self._rates.set(self.step + 1, steps)
         vote.begin()
         loss = self._step_fn(self.engine, micro_batches)
         norm = self.engine.clip(self.config.clip_norm)
@@ -237,10 +240,13 @@ class Trainer:
         updated = self.engine.skip() if skips else self.engine.step()
         self.step += 1
         if self.ema is not None and updated:
-            self.ema.update()
+            with timed("optimizer"):
+                self.ema.update()
         if self._is_due(self.config.check_replicas_every):
             check_replicas(self.model)
         samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.data_axes.size
+        # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
+        tokens = max(samples, round(loss.weight))
         now = time.perf_counter()
         between, self._ended_at = begun - (self._ended_at or begun), now
         ended = StepEnded(
@@ -249,8 +255,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             samples=samples,
-            # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
-            tokens=max(samples, round(loss.weight)),
+            tokens=tokens,
             seconds=now - begun,
             data_seconds=self._supply.seconds,
             between_seconds=between,
@@ -261,8 +266,10 @@ class Trainer:
             skipped=not updated,
             loss_scale=scale,
             memory_bytes=used_bytes(self.mesh.device),
+            mfu=self._utilisation.of(self.step, micro_batches, tokens, now - begun) if self._utilisation else None,
         )
-        self._watchers.end(ended)
+        with timed("observers"):
+            self._watchers.end(ended)
         self._emit(ended)
         for event in self._reports.add(ended):
             self._emit(event)
@@ -278,7 +285,8 @@ class Trainer:
             grad_norm=norm,
             loss_scale=scale,
         )
-        judgement = self._watchers.judge(under_way)
+        with timed("observers"):
+            judgement = self._watchers.judge(under_way)
         if judgement is not None and judgement.policy == "stop":
             self._save_last()
             raise TrainfleetError(f"{judgement.what} in step {self.step + 1}, and the run was told to stop for it.")
@@ -288,16 +296,10 @@ class Trainer:
         """Go back to the last copy; the batches that led here are left out, for the stream goes on where it is."""
         assert self._rollbacks is not None
         failed = self.step + 1
-        step = self._rollbacks.go_back(failed, what)
+        with timed("checkpoint"):
+            step = self._rollbacks.go_back(failed, what)
         self._emit(Noted(step=step, title="rollback", text=f"{what} in step {failed}; back to step {step}"))
         self._emit(Restored(step=step, path="memory"))
-
-    def _set_rate(self, steps: int) -> float:
-        """The learning rate of the step that is about to be taken."""
-        factor = multiple(self._schedule, self.step + 1, steps)
-        for group, base in zip(self.optimizer.param_groups, self._base_rates):
-            group["lr"] = base * factor
-        return self._base_rates[0] * factor
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step > 0 and self.step % every == 0
