@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -146,22 +148,25 @@ def test_of_a_device_its_own_time_counts_and_what_it_has_not_reached_counts_late
         assert sum(first.values()) + sum(second.values()) == pytest.approx(time.now)
 
 
-def test_the_backward_of_a_device_may_run_in_another_thread(time: Clock) -> None:
-    device = Device(time)
-
-    def elsewhere() -> None:
+def test_the_backward_of_a_device_may_run_in_a_thread_that_python_has_not_started(time: Clock) -> None:
+    def elsewhere(done: threading.Event) -> None:
         with timed("communication"):
             time.sleep(0.25)
+        done.set()
 
-    def run() -> None:
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
+    def run(start: Callable[..., object]) -> None:
+        done = threading.Event()
+        start(elsewhere, (done,))
+        assert done.wait(10)
 
-    with DeviceStopwatch(device) as watch:
+    def start_by_python(function: Callable[..., None], args: tuple[threading.Event]) -> None:
+        threading.Thread(target=function, args=args).start()
+
+    with DeviceStopwatch(Device(time)) as watch:
         with timed("backward"):
             time.sleep(0.5)
-            run()
-        run()  # this one works for nobody
+            run(_thread.start_new_thread)
+            run(start_by_python)  # the loop's helpers wait for their own sake
+        run(_thread.start_new_thread)
         taken = watch.take()
-    assert (taken["backward"], taken["communication"], taken["other"]) == (0.5, 0.25, 0.25)
+    assert (taken["backward"], taken["communication"], taken["other"]) == (0.75, 0.25, 0.25)

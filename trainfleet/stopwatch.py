@@ -47,7 +47,11 @@ class _Running(threading.local):
 
 _running = _Running()
 _lent: DeviceStopwatch | None = None
-"""To threads that have none: torch computes the backward of a device in threads of its own."""
+"""While it is in a backward, to threads that Python has not started: torch computes that of a device in such."""
+
+
+def _lent_here() -> DeviceStopwatch | None:
+    return _lent if threading.current_thread().name.startswith("Dummy-") else None
 
 
 class Stopwatch:
@@ -163,7 +167,7 @@ class timed:
         self._phase = phase
 
     def __enter__(self) -> None:
-        self._watch = _running.watch or _lent
+        self._watch = _running.watch or (_lent and _lent_here())
         if self._watch is not None:
             self._watch.open(self._phase)
 
