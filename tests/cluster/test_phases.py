@@ -21,7 +21,7 @@ from trainfleet.deps import installed
 from trainfleet.events import Event, RanksReported, StepEnded
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
-from trainfleet.monitor.slow_rank import slow_rank
+from trainfleet.monitor.history.ranks import Ranks
 from trainfleet.parallel import make_engine, parallelize
 from trainfleet.parallel.experts.layer import MixtureOfExperts
 from trainfleet.plan import Plan
@@ -200,6 +200,30 @@ def run(steps: int) -> tuple[list[StepEnded], list[RanksReported]]:
         return ended, [event for event in slow.heard if isinstance(event, RanksReported)]
 
 
+def counted(plans: list[Plan]) -> list[list[tuple[int, int]]]:
+    """(samples, tokens) of each step of a run under each plan."""
+    torch.set_num_threads(1)
+    found = []
+    for plan in plans:
+        with Mesh.from_env(plan) as mesh:
+            model = parallelize(CASE.build(0), mesh, plan, example=CASE.micro_batch(0, 0))
+            dealt = (CASE.micro_batch(0, i) for i in range(mesh.data_axes.rank, 99, mesh.data_axes.size))
+            slow = Slow(at=0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            accumulation = 4 // mesh.data_axes.size
+            options: Any = {"mesh": mesh, "observers": [slow], "accumulation": accumulation}
+            Trainer(model, optimizer, CASE.loss_fn, dealt, **options).fit(2)
+            found.append([(event.samples, event.tokens) for event in slow.heard if isinstance(event, StepEnded)])
+    return found
+
+
+def test_samples_and_tokens_count_once_however_the_model_is_spread(ranks: RankPools) -> None:
+    ((alone,),) = ranks(1, counted, [Plan()])
+    assert all(tokens > samples for samples, tokens in alone)
+    for found in ranks(2, counted, [Plan(), Plan(zero=2), Plan(tp=2), Plan(cp=2), Plan(pp=2)]):
+        assert found == [alone] * 5
+
+
 def held(step: StepEnded) -> Mapping[str, float]:
     """The phases, which add up to the time from the end of the step before to the end of this one."""
     assert sum(step.phases.values()) == pytest.approx(step.between_seconds + step.seconds, rel=0.03)
@@ -220,5 +244,6 @@ def test_a_slow_dataset_of_one_rank_is_waited_for_by_the_other_and_the_report_na
     assert sleeps[2].phases["data"] >= NAP > waits[2].phases["data"]
     assert sleeps[2].data_seconds == pytest.approx(sleeps[2].phases["data"], abs=0.01)
     assert waits[2].phases["communication"] >= 0.8 * NAP
-    late = slow_rank(report)
-    assert late is not None and (late.rank, late.phase) == (1, "data")
+    reported = Ranks()
+    reported.add(report.ranks)
+    assert [(slow.rank, slow.phase) for slow in reported.slow] == [(1, "data")]

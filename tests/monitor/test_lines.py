@@ -5,7 +5,16 @@ import math
 import re
 from typing import Any
 
-from trainfleet.events import CheckpointFailed, CheckpointSaved, Noted, Restored, RunEnded, SamplesSkipped, Tracked
+from trainfleet.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Noted,
+    RanksReported,
+    Restored,
+    RunEnded,
+    SamplesSkipped,
+    Tracked,
+)
 from trainfleet.monitor.lines import Lines
 
 
@@ -47,6 +56,16 @@ def test_an_own_number_gets_a_line_at_most_every_interval(story: Any) -> None:
         "track     11/40  accuracy 0.11",
         "track     21/40  accuracy 0.21",
     ]
+
+
+def test_the_mfu_is_that_of_the_last_steps_and_a_slow_rank_gets_a_line(story: Any) -> None:
+    steps = [story.step(1), story.step(2, mfu=0.2, seconds=3.0), story.step(3, mfu=0.6, seconds=1.0)]
+    waits, works = ({"communication": seconds, "forward": 1.0 - seconds} for seconds in (0.5, 0.0))
+    ranks = [{"host": "here", "device": "cpu", "seconds": 1.0, "phases": phases} for phases in (waits, works)]
+    reports = [RanksReported(step=3, steps=1, ranks=ranks)] * 3
+    first, *_, third, slow = printed(*steps, *reports, log_interval=1)
+    assert "mfu" not in first and third.endswith("mfu 30.0%")
+    assert slow.startswith("slow  ") and "rank 1 on here is slow in forward" in slow
 
 
 def test_what_a_model_generates_cannot_touch_the_terminal() -> None:

@@ -36,6 +36,16 @@ def test_steps_evaluations_own_numbers_and_texts_are_shown(tmp_path: Path, story
     assert text.tensor_proto.string_val[0] == b"    def f():\n        return 1\n"
 
 
+def test_phases_and_mfu_are_scalars(tmp_path: Path, story: Any) -> None:
+    board = TensorBoard(tmp_path)
+    board.on_event(story.step(1, phases={"forward": 0.5, "data": 0.25, "checkpoint": 0.0}, mfu=0.375))
+    board.close()
+    shown = read(tmp_path)
+    assert points(shown, "time/forward_seconds") == [(1, 0.5)] and points(shown, "time/data_seconds") == [(1, 0.25)]
+    assert points(shown, "speed/mfu") == [(1, 0.375)]
+    assert "time/checkpoint_seconds" not in shown.Tags()["scalars"]
+
+
 def test_a_resumed_run_replaces_the_steps_it_takes_again(tmp_path: Path, story: Any) -> None:
     for start, last, loss in ((0, 9, 1.0), (6, 8, 2.0)):
         board = TensorBoard(tmp_path)

@@ -20,6 +20,7 @@ from trainfleet.events import (
     Tracked,
 )
 from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
+from trainfleet.monitor.slow_ranks import SlowRanks
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number
 
 
@@ -34,6 +35,7 @@ class Lines:
         self._file = file
         self._log_interval = log_interval
         self._progress = Progress()
+        self._slow_ranks = SlowRanks()
         self._tracked_at: dict[str, int] = {}
 
     def on_event(self, event: Event) -> None:
@@ -58,7 +60,7 @@ class Lines:
         elif isinstance(event, SamplesSkipped):
             self._write("skip", f"{event.count} bad samples so far", f"such as {event.example}")
         elif isinstance(event, RanksReported):
-            if line := self._progress.report(event):
+            if line := self._slow_ranks.line(event):
                 self._write("slow", self._at(event.step), line)
         elif isinstance(event, Noted):
             self._write("note", self._at(event.step), event.title)
@@ -96,10 +98,10 @@ class Lines:
             f"samples/s {progress.throughput.samples_per_second:<6.1f}",
             f"memory {readable_bytes(event.memory_bytes):<7}",
         ]
-        if (mfu := progress.throughput.mfu) is not None:
-            words.append(f"mfu {mfu:.1%}")
         if not math.isnan(remaining := progress.remaining_seconds):
             words.append(f"eta {readable_duration(remaining)}")
+        if (mfu := progress.throughput.mfu) is not None:
+            words.append(f"mfu {mfu:.1%}")
         if feed := progress.feed:
             words.append(f"feed {feed}")
         percent, causes = progress.waiting

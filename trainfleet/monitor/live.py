@@ -30,6 +30,7 @@ from trainfleet.events import (
     Tracked,
 )
 from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
+from trainfleet.monitor.slow_ranks import SlowRanks
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number, readable_rate
 
 REFRESH_SECONDS = 0.25  # a refresh takes 0.2 ms: 0.1 % of a core
@@ -46,6 +47,7 @@ class LiveLine:
     def __init__(self, file: TextIO) -> None:
         self._console = RichConsole(file=file, highlight=False, force_terminal=True, force_jupyter=False)
         self._progress = Progress()
+        self._slow_ranks = SlowRanks()
         self._live: Live | None = None
         self._refreshed_at = -math.inf
 
@@ -72,7 +74,7 @@ class LiveLine:
             at = self._progress.last.step if self._progress.last else 0
             self._keep(at, f"{event.count} bad samples left out so far, such as {event.example}", style="yellow")
         elif isinstance(event, RanksReported):
-            if line := self._progress.report(event):
+            if line := self._slow_ranks.line(event):
                 self._keep(event.step, line, style="yellow")
         elif isinstance(event, Noted):
             text = Text(printable(event.text).strip("\n"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 
-from trainfleet.events import Evaluated, RanksReported, Restored, RunEnded, RunStarted, StepEnded, Tracked
+from trainfleet.events import Evaluated, Restored, RunEnded, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.limit import COMPUTING, Limit, in_words
-from trainfleet.monitor.slow_rank import SlowRank, slow_rank
 from trainfleet.monitor.spent import Spent
 from trainfleet.monitor.throughput import Smoothed, Throughput
 from trainfleet.monitor.units import readable_bytes
@@ -31,7 +30,6 @@ class Progress:
         self.spent = Spent()
         self.tracked: dict[str, float] = {}
         self.best_validation = math.inf
-        self._slow: SlowRank | None = None
 
     def start(self, event: RunStarted) -> None:
         self.__init__()  # type: ignore[misc]
@@ -47,13 +45,6 @@ class Progress:
 
     def restore(self, event: Restored) -> None:
         self.spent.restore(event)
-
-    def report(self, event: RanksReported) -> str:
-        """A line on the rank that the others wait for; empty where there is none, or it was told last time."""
-        before, self._slow = self._slow, slow_rank(event)
-        if self._slow is None or (before and (before.rank, before.phase) == (self._slow.rank, self._slow.phase)):
-            return ""
-        return str(self._slow)
 
     def track(self, event: Tracked) -> None:
         if not event.name.startswith(BASELINE):
