@@ -275,3 +275,10 @@ def test_an_epoch_in_windows_fetches_shards_once_and_one_order_over_all_again_an
     windows, over_all = table["rows"][:2]
     assert float(windows[2]) < 1.5 < 10 < float(over_all[2])
     assert {row[4] for row in table["rows"]} == {"yes"}
+
+
+@pytest.mark.matrix
+def test_a_run_is_read_back_beside_plain_json(tmp_path: Path) -> None:
+    (table,) = tables("read_run", tmp_path)
+    assert [row[0] for row in table["rows"]] == ["100"] * 3 + ["1,000"] * 3
+    assert all(float(row[3]) > 0 for row in table["rows"])

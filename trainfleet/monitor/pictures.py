@@ -98,7 +98,9 @@ def draw_throughput(runs: Sequence[History]) -> Figure:
         speed_axes.plot(steps, smooth(speeds), color=color, linewidth=1.8, label=label)
         at, waits = points(run, lambda group: 100 * min(1.0, _share(group.data_seconds, group.seconds)))
         top = max([top, *waits])
-        wait_axes.plot(at, waits, color=ORANGE if len(runs) == 1 else color, linewidth=1.2)
+        color = ORANGE if len(runs) == 1 else color
+        wait_axes.plot(at, waits, color=color, alpha=0.25, linewidth=0.8)
+        wait_axes.plot(at, smooth(waits), color=color, linewidth=1.4)
     speed_axes.set_ylim(bottom=0)
     wait_axes.set_ylim(0, 1.05 * top)
     wait_axes.locator_params(axis="y", nbins=2)
@@ -111,12 +113,12 @@ def draw_throughput(runs: Sequence[History]) -> Figure:
 
 
 def draw_memory(runs: Sequence[History]) -> Figure:
-    """Bytes in use by the rank that speaks for all, and the band of all ranks where they reported."""
+    """Bytes in use by the rank that speaks for all, and, of one run, the band of all ranks where they reported."""
     figure = new_figure(4.2)
     axes = figure.add_subplot()
     for run, name, color in zip(runs, names_of(runs), COLORS):
         reports = [(step, sizes) for step, sizes in run.memory if sizes]
-        if any(len(sizes) > 1 for _, sizes in reports):
+        if len(runs) == 1 and any(len(sizes) > 1 for _, sizes in reports):
             axes.fill_between(
                 [step for step, _ in reports],
                 [min(sizes) for _, sizes in reports],
@@ -124,7 +126,7 @@ def draw_memory(runs: Sequence[History]) -> Figure:
                 color=color,
                 alpha=0.15,
                 linewidth=0,
-                label=f"all {max(len(sizes) for _, sizes in reports)} ranks" if len(runs) == 1 else None,
+                label=f"all {max(len(sizes) for _, sizes in reports)} ranks",
             )
         peak = f"at most {readable_bytes(run.steps.peak_bytes)}"
         label = f"the first rank, {peak}" if len(runs) == 1 else f"{name}: {peak}"
@@ -160,13 +162,14 @@ def draw_time(runs: Sequence[History]) -> Figure:
             steps, seconds = points(run, lambda group: group.seconds / group.num_steps)
             step_axes.plot(steps, seconds, color=color, alpha=0.25, linewidth=0.8)
             step_axes.plot(steps, smooth(seconds), color=color, linewidth=1.6, label=name)
-        means = [{phase: seconds / run.steps.num_steps for phase, seconds in run.steps.phases.items()} for run in runs]
-        _stack_bars(bar_axes, means, names)
+        bars = [{phase: seconds / run.steps.num_steps for phase, seconds in run.steps.phases.items()} for run in runs]
+        _stack_bars(bar_axes, bars, names)
         bar_axes.set_xlabel("seconds a step by phase, means", fontsize=9, color=INK)
-        _legend(step_axes, "upper right")
+        _legend(step_axes, "lower right")
     step_axes.set_ylim(bottom=0)
     _mark_restarts(step_axes, runs)
-    _finish(step_axes, _title(runs), "seconds a step")
+    means = f", means of {_steps_a_stack(runs[0]):,}" if len(runs) == 1 and _steps_a_stack(runs[0]) > 1 else ""
+    _finish(step_axes, _title(runs), f"seconds a step{means}")
     _name_phases(figure, runs)
     return figure
 
@@ -190,7 +193,7 @@ def points(run: History, value: Callable[[Group], float]) -> Points:
 def _stack_steps(axes: Axes, run: History) -> list[tuple[float, float]]:
     """Where the stacks stand, and how high they are."""
     groups = run.steps.groups
-    size = math.ceil(len(groups) / MAX_BARS) or 1
+    size = _steps_a_stack(run) // run.steps.every
     stacks = [groups[i : i + size] for i in range(0, len(groups), size)]
     if not stacks:
         return []
@@ -206,6 +209,10 @@ def _stack_steps(axes: Axes, run: History) -> list[tuple[float, float]]:
         below = above
     axes.set_xlim(edges[0], edges[-1])
     return [((left + right) / 2, high) for left, right, high in zip(edges, edges[1:], below)]
+
+
+def _steps_a_stack(run: History) -> int:
+    return max(1, math.ceil(len(run.steps.groups) / MAX_BARS)) * run.steps.every
 
 
 def _cut_off(axes: Axes, stacks: Sequence[tuple[float, float]]) -> None:
@@ -304,7 +311,7 @@ def _finish(axes: Axes, title: str, ylabel: str, *, step: bool = True) -> None:
     if title:
         axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, steps=[1, 2, 2.5, 5, 10]))
     if step:
         axes.set_xlabel("step", fontsize=9, color=INK)
     else:

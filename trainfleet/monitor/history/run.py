@@ -176,7 +176,7 @@ def is_run(folder: Path) -> bool:
 def read_run(path: str | Path, *, now: float | None = None) -> History:
     """The run in `path`, also one under way; StoreError where there is none, or nothing that can be read.
 
-    Memory does not grow with the length of the run, and a million steps take about ten seconds
+    Memory does not grow with the length of the run, and the time is about twice that of parsing its lines as JSON
     (`benchmarks/read_run.py`). `now` is a time.time() for the goodput of a run under way.
     """
     files = RunFolder(path)
