@@ -16,7 +16,9 @@
     ├── RankFailed            10   a rank of a running job failed; the report names it
     │   └── FailedTwice       13   the same error came at the same step again: a further start would meet it too
     ├── OutOfMemory           11   a rank ran out of memory
-    └── ReplicasDiffer        12   replicas that must be equal are not
+    ├── ReplicasDiffer        12   replicas that must be equal are not
+    ├── AnomalyStopped        17   an anomaly was seen whose policy is to stop
+    └── Stalled               18   a step did not end, and the rank that hung ended itself
 
 The number is the exit code of the command line. Where torch, the operating system or a
 library raises something of its own, `ValueError`, `TypeError` and `TimeoutError` keep their meaning.
@@ -114,3 +116,15 @@ class OutOfMemory(TrainfleetError):
 
 class ReplicasDiffer(TrainfleetError):
     exit_code = 12
+
+
+class AnomalyStopped(TrainfleetError):
+    """An anomaly was seen whose policy is to stop; the state before that step was saved. Nobody starts it anew."""
+
+    exit_code = 17
+
+
+class Stalled(TrainfleetError):
+    """A step did not end, and the rank that hung ended itself: another start may do better."""
+
+    exit_code = 18

@@ -102,8 +102,9 @@ class RanksReported(Event):
     steps: int
     """How many steps it is about, up to `step`."""
     ranks: Sequence[Mapping[str, Any]]
-    """By rank: `host`, `device`, `seconds`, `phases` (seconds by phase of these steps), `memory_bytes`, `system`
-    (numbers of the machine, by name; empty where another rank of the host tells them)."""
+    """By rank: `host`, `device`, `seconds`, `phases` (seconds by phase of these steps), `memory_bytes`, `private_bytes`
+    (of main memory, beside pages of files), `system` (numbers of the machine, by name; empty where another rank of the
+    host tells them), and `found` where its watchers have found something."""
 
 
 ANOMALIES = (
@@ -140,6 +141,17 @@ class AnomalySeen(Event):
     """The samples of the dataset that it arose from, where they are known."""
     path: str | None = None
     """What was saved for a replay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnomalyOver(Event):
+    """One that lasted does so no more."""
+
+    step: int
+    kind: str
+    what: str
+    """A sentence with the figures."""
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,6 +54,11 @@ def _lent_here() -> DeviceStopwatch | None:
     return _lent if threading.current_thread().name.startswith("Dummy-") else None
 
 
+def running() -> Stopwatch | None:
+    """The one that runs in this thread; another thread may ask it for its phase."""
+    return _running.watch
+
+
 class Stopwatch:
     """Runs while it is entered, for the thread that entered it."""
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
-from trainfleet.monitor.memory import resident_bytes, used_bytes
+from trainfleet.monitor.memory import private_bytes, resident_bytes, used_bytes
 
 
 def test_resident_memory_grows_by_what_is_filled() -> None:
@@ -29,3 +30,13 @@ def test_a_forked_child_asks_for_itself() -> None:
 
 def test_a_device_that_nobody_uses_reports_resident_memory() -> None:
     assert used_bytes("cuda:0") > 0
+
+
+def test_pages_of_files_are_not_private(tmp_path: Path) -> None:
+    before, resident = private_bytes(), resident_bytes()
+    np.ones(50_000_000, dtype=np.uint8).tofile(tmp_path / "numbers")
+    mapped = np.memmap(tmp_path / "numbers", dtype=np.uint8, mode="r")
+    assert mapped.sum() == 50_000_000
+    assert resident_bytes() - resident > 40e6 and private_bytes() - before < 20e6
+    block = np.ones(50_000_000, dtype=np.uint8)
+    assert private_bytes() - before > 40e6 and block[0] == 1

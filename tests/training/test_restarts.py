@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from trainfleet.errors import FailedTwice
+from trainfleet.errors import AnomalyStopped, FailedTwice
 from trainfleet.training.failure import Failure, death_of
-from trainfleet.training.restarts import FailedAgain, Restarts
+from trainfleet.training.restarts import NotAgain, Restarts
 
 ERROR = Failure(rank=1, world_size=2, host="a", time=1.0, sentence="failed at x.py:3: no.", exit_code=5, step=7)
 
@@ -30,9 +30,9 @@ def test_starts_without_a_step_come_ever_later_until_one_takes_a_step() -> None:
 def test_the_same_error_at_the_same_step_is_not_met_a_third_time() -> None:
     restarts = Restarts()
     restarts.after(replace(ERROR, sentence="failed: <object at 0x7f01>", rank=0, time=9.0), took_steps=True)
-    with pytest.raises(FailedAgain) as caught:
+    with pytest.raises(NotAgain) as caught:
         restarts.after(replace(ERROR, sentence="failed: <object at 0x7f02>"), took_steps=True)
-    error = caught.value.failure.as_repeated().error()
+    error = caught.value.failure.error()
     assert isinstance(error, FailedTwice) and error.exit_code == 13
     assert "failed twice in the same way after step 7" in str(error) and "newest checkpoint" in (error.hint or "")
 
@@ -50,5 +50,11 @@ def test_kills_from_outside_say_nothing_of_the_next_start_but_crashes_do() -> No
         restarts.after(death_of(0, 2, -signal.SIGKILL, stopped=False, step=4), took_steps=True)
     crash = death_of(0, 2, -signal.SIGSEGV, stopped=False, step=4)
     restarts.after(crash, took_steps=True)
-    with pytest.raises(FailedAgain):
+    with pytest.raises(NotAgain):
         restarts.after(crash, took_steps=True)
+
+
+def test_a_run_that_an_anomaly_stopped_is_not_started_again() -> None:
+    with pytest.raises(NotAgain) as caught:
+        Restarts().after(replace(ERROR, exit_code=AnomalyStopped.exit_code), took_steps=True)
+    assert caught.value.failure.error().exit_code == 17

@@ -4,7 +4,7 @@ from trainfleet.monitor.console import Console
 from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines, read_events, read_metrics
-from trainfleet.monitor.memory import resident_bytes, used_bytes
+from trainfleet.monitor.memory import private_bytes, resident_bytes, used_bytes
 from trainfleet.monitor.observers import MonitorConfig, observers_for
 from trainfleet.monitor.run_folder import RunFolder
 from trainfleet.monitor.samples import Samples
@@ -23,6 +23,7 @@ __all__ = [
     "TensorBoard",
     "Throughput",
     "observers_for",
+    "private_bytes",
     "read_events",
     "read_metrics",
     "resident_bytes",

@@ -69,8 +69,12 @@ class Limit:
         waiting = {cause: share for cause, share in parts.items() if cause != COMPUTING}
         if sum(waiting.values()) < _FEW:
             return "Computing is the limit: the batches were there in time, and more workers or feeders gain nothing."
-        most = max(waiting, key=lambda cause: waiting[cause])
-        return _REMEDIES[most].format(or_feeders=", start more feeders" if self._is_fed else "")
+        return remedy(max(waiting, key=lambda cause: waiting[cause]), is_fed=self._is_fed)
+
+
+def remedy(cause: str, *, is_fed: bool) -> str:
+    """What to do where batches are waited for because of `cause`."""
+    return _REMEDIES[cause].format(or_feeders=", start more feeders" if is_fed else "")
 
 
 def in_words(parts: Mapping[str, int]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trainfleet.errors import ConfigError, DependencyError
 from trainfleet.events import Observer
+from trainfleet.monitor.anomalies import AnomalyConfig
 from trainfleet.monitor.console import Console
 from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
@@ -47,6 +48,7 @@ class MonitorConfig:
     """FLOPs of forward and backward for one token; null: counted. Give it where custom operators escape the count."""
     peak_flops: float | None = None
     """Peak FLOP/s of one device; null: by the data sheet of the GPU, or measured on a processor."""
+    anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
 
     def __post_init__(self) -> None:
         for name in ("flops_per_token", "peak_flops"):

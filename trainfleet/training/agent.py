@@ -38,7 +38,7 @@ from trainfleet.errors import PeerError
 from trainfleet.training.failure import Failure, cause_of, death_of, failure_from_json, read_failures
 from trainfleet.training.progress import read_progress
 from trainfleet.training.rank_processes import LEFT_BEHIND_SECONDS, RankProcesses, environments
-from trainfleet.training.restarts import FailedAgain, Restarts
+from trainfleet.training.restarts import NotAgain, Restarts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -150,8 +150,8 @@ def _supervise(job: Job, make: Make, folder: Path) -> dict[int, Any] | Failure |
             raise RendezvousError("another host has ended the run")
     except SignalException as exc:
         return exc.sigval
-    except FailedAgain as exc:
-        return exc.failure.as_repeated()
+    except NotAgain as exc:
+        return exc.failure
     except RendezvousError as exc:
         raise PeerError(
             f"The {job.nnodes} hosts of this run did not meet at {job.endpoint} within {seconds} s: {exc}",

@@ -13,7 +13,7 @@ import socket
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,8 +101,16 @@ def reported_failures() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except Exception as exc:
         failure = describe(exc, environment)
-        _path(Path(environment.error_file).parent).write_text(json.dumps(asdict(failure)))
+        tell_launcher(failure, environment)
         raise SystemExit(failure.exit_code) from None
+
+
+def tell_launcher(failure: Failure, environment: RankEnvironment) -> bool:
+    """Leave the report where the launcher of this rank finds it; False where none of ours started it."""
+    if environment.launcher != "trainfleet" or environment.error_file is None:
+        return False
+    _path(Path(environment.error_file).parent).write_text(json.dumps(asdict(failure)))
+    return True
 
 
 def describe(exc: Exception, environment: RankEnvironment) -> Failure:
@@ -193,8 +201,11 @@ def _path(folder: Path) -> Path:
 
 
 def _line(exc: BaseException) -> str:
+    return line_of(traceback.extract_tb(exc.__traceback__))
+
+
+def line_of(frames: Sequence[traceback.FrameSummary]) -> str:
     """Where it happened: the innermost line of the user's own code, else of ours, else of anyone's."""
-    frames = traceback.extract_tb(exc.__traceback__)
     package = str(Path(__file__).parents[1])
     libraries = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
     users = [f for f in frames if not f.filename.startswith((*libraries, package, "<frozen"))]

@@ -17,7 +17,7 @@ from trainfleet.batch import Batch
 from trainfleet.checkpoint import Checkpointer
 from trainfleet.comm.environment import RankEnvironment
 from trainfleet.config import to_plain, to_yaml
-from trainfleet.errors import CheckpointError, ConfigError, FailedTwice, PeerError, StoreError
+from trainfleet.errors import AnomalyStopped, CheckpointError, ConfigError, FailedTwice, PeerError, StoreError
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
@@ -81,6 +81,8 @@ def _fit(trainer: Trainer, *, retries: int, folder: Path) -> Outcome:
     while True:
         try:
             return trainer.fit()
+        except AnomalyStopped:
+            raise
         except Exception as exc:
             met = f"{type(exc).__name__} after step {trainer.step}: {exc}"
             if met == last:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from trainfleet.comm.group import Group
 from trainfleet.events import Event, RanksReported, StepEnded, Tracked
+from trainfleet.monitor import private_bytes
 from trainfleet.tracks import Tracks, reduced
 
 
@@ -22,11 +24,12 @@ class RankReports:
         every: int,
         device: str,
         system: Callable[[], Mapping[str, float]] | None = None,
+        tell: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
-        """`system` gives numbers of the machine; it is called once a report."""
+        """`system` gives numbers of the machine, `tell` what watchers have to tell; each is called once a report."""
         self._group, self._tracks, self._every = group, tracks, every
         self._about = {"host": socket.gethostname(), "device": device}
-        self._system = system
+        self._system, self._tell = system, tell
         self._begin()
 
     def _begin(self) -> None:
@@ -48,14 +51,17 @@ class RankReports:
         return self._make(self._last) if self._last is not None else []
 
     def _make(self, ended: StepEnded) -> list[Event]:
-        own = {
+        own: dict[str, Any] = {
             **self._about,
             "seconds": self._seconds,
             "phases": {phase: seconds for phase, seconds in self._phases.items() if seconds},
             "memory_bytes": ended.memory_bytes,
+            "private_bytes": private_bytes(),
             "system": dict(self._system()) if self._system is not None else {},
             "tracks": self._tracks.take(),
         }
+        if self._tell is not None and (found := self._tell()):
+            own["found"] = list(found)
         told = self._group.exchange(own)
         tracked = reduced([each.pop("tracks") for each in told])
         report = RanksReported(step=ended.step, steps=self._steps, ranks=told)

@@ -92,10 +92,8 @@ class TrainConfig:
     """How often a run of one process goes on from its newest checkpoint after an error. The same error at the same
     step twice ends it. Ranks of several processes are started anew by `--max-restarts`."""
     rollback_every: int | None = None
-    """Steps between copies of all states in memory, to which the run goes back when a loss or a gradient is not finite,
-    or the loss jumps; the batches in between are left out. null: none, and what is not finite stays."""
-    rollback_spike: float | None = None
-    """A loss so many times the median of the last 50 counts as a jump; null: only what is not finite counts."""
+    """Steps between copies of all states in memory, to which the run goes back where monitor.anomalies says so: by
+    itself when a loss or a gradient is not finite. The batches in between are left out. null: none."""
     max_rollbacks: int = 3
     """Rollbacks without a new best step in between, before the run ends with an error."""
     timeout_seconds: float = 600.0
@@ -119,8 +117,6 @@ class TrainConfig:
             )
         if self.rollback_every is not None and self.rollback_every < 1:
             raise ConfigError(f"train.rollback_every is {self.rollback_every}; use 1 step or more, or null.")
-        if self.rollback_spike is not None and self.rollback_spike <= 1:
-            raise ConfigError(f"train.rollback_spike is {self.rollback_spike}; a jump is more than 1 times the median.")
         if self.timeout_seconds <= 0:
             raise ConfigError(f"train.timeout_seconds is {self.timeout_seconds}; it must be positive.")
         if self.max_retries < 0 or self.max_rollbacks < 0:
@@ -164,3 +160,6 @@ class Recipe:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     folder: str = "runs/run"
     """Where the run is written: resolved recipe, metrics, pictures, checkpoints."""
+
+    def __post_init__(self) -> None:
+        self.monitor.anomalies.resolved(rolls_back=self.train.rollback_every is not None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from trainfleet.errors import AnomalyStopped
 from trainfleet.training.failure import Failure
 
 LONGEST_PAUSE_SECONDS = 30.0
 
 
-class FailedAgain(Exception):
-    """A start met the same error at the same step as the one before."""
+class NotAgain(Exception):
+    """Another start would do no better; `failure` says why."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.sentence)
@@ -27,13 +28,15 @@ class Restarts:
         self._without_a_step = 0
 
     def after(self, failure: Failure | None, *, took_steps: bool) -> float:
-        """Seconds to wait before the next start; FailedAgain where that would meet the same error.
+        """Seconds to wait before the next start; NotAgain where that would meet the same error, or nobody wants it.
 
         `failure` is None where these ranks fell only because others had, perhaps on another host.
         """
+        if failure is not None and failure.exit_code == AnomalyStopped.exit_code:
+            raise NotAgain(failure)
         if failure is not None and not failure.from_outside:
             if self._last is not None and failure.is_like(self._last):
-                raise FailedAgain(failure)
+                raise NotAgain(failure.as_repeated())
             self._last = failure
         self._without_a_step = 0 if took_steps else self._without_a_step + 1
         if self._without_a_step < 2:

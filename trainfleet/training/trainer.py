@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch, BatchStream, batch_size
 from trainfleet.checkpoint import Checkpointer
-from trainfleet.errors import ConfigError, PeerError, TrainfleetError
+from trainfleet.errors import ConfigError, PeerError
 from trainfleet.events import (
     Event,
     Noted,
@@ -23,6 +23,7 @@ from trainfleet.events import (
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import used_bytes
+from trainfleet.monitor.anomalies import AnomalyConfig
 from trainfleet.parallel import Ema, Engine, make_engine
 from trainfleet.parallel.cuda_marks import stopwatch_for
 from trainfleet.parallel.randomness import Generators
@@ -31,7 +32,7 @@ from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
 from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks
-from trainfleet.training.anomaly import Anomalies
+from trainfleet.training.anomalies import anomaly_watchers
 from trainfleet.training.evaluations import Evaluations
 from trainfleet.training.failure import note_step
 from trainfleet.training.outcome import Outcome
@@ -58,11 +59,12 @@ class Trainer:
         Trainer(model, optimizer, loss_fn, batches, mesh=mesh).fit(steps=10_000)
 
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
-    restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank; each
-    `report_every` steps all ranks tell what they measured, and with it the numbers of their machine that `system`
-    gives; `utilisation` knows the MFU of a step. `step_fn(engine, micro_batches) -> LossSum` takes the place
-    of `engine.forward_backward`; `prepare(batch)` is called first, on the device. `finish` is called when all
-    steps are done; what it returns stands in the summary of the run, a text named `sample` above it.
+    restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank: those of
+    AnomalyConfig() unless given. Each `report_every` steps all ranks tell what they measured, with the numbers of
+    their machine that `system` gives; `utilisation` knows the MFU of a step.
+    `step_fn(engine, micro_batches) -> LossSum` takes the place of `engine.forward_backward`; `prepare(batch)` is called
+    first, on the device. `finish` is called when all steps are done; what it returns stands in the summary of the run,
+    a text named `sample` above it.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         save_every: int | None = None,
         observers: Sequence[Observer] = (),
-        watchers: Sequence[Watcher] = (),
+        watchers: Sequence[Watcher] | None = None,
         report_every: int = 10,
         system: Callable[[], Mapping[str, float]] | None = None,
         utilisation: Utilisation | None = None,
@@ -117,15 +119,19 @@ class Trainer:
         self._metadata = metadata or {}
         self._folder = folder
         self._rollbacks: Rollbacks | None = None
-        rolls_back = self.config.rollback_every is not None
-        self._watchers = Watchers([*([Anomalies(self.config)] if rolls_back else []), *watchers], self.observers.emit)
+        if watchers is None:
+            watchers = anomaly_watchers(AnomalyConfig(), mesh, rolls_back=self.config.rollback_every is not None)
+        self._watchers = Watchers(watchers, self.observers.emit)
+        self.observers.add(self._watchers)
         # Of ranks that compute the same on the same data, the first counts.
         new_tracks = partial(Tracks, counts=self.engine.plan.tp == 1 or mesh["tp"].rank == 0)
         self._tracks = new_tracks()
         self._evaluations = Evaluations(
             evaluation, patience=self.config.early_stopping, world=mesh.world, new_tracks=new_tracks
         )
-        self._reports = RankReports(mesh.world, self._tracks, every=report_every, device=mesh.device, system=system)
+        self._reports = RankReports(
+            mesh.world, self._tracks, every=report_every, device=mesh.device, system=system, tell=self._watchers.tell
+        )
         self._utilisation = utilisation
         self._stopwatch = stopwatch_for(mesh.device)
         self._ended_at: float | None = None  # when the step before ended
@@ -157,7 +163,8 @@ class Trainer:
                 states = {name: state for name, state in self._all_states().items() if name != "data"}
                 self._rollbacks = Rollbacks(states, most=self.config.max_rollbacks)
                 self._rollbacks.remember(self.step)
-            with StopVote(self.mesh.world) as vote, self._stopwatch, self._tracks:
+            with StopVote(self.mesh.world) as vote, self._stopwatch, self._tracks, self._watchers:
+                self._watchers.start(self.engine)
                 self._ended_at = time.perf_counter()
                 while self.step < steps and reason == "finished":
                     before = self.step
@@ -179,7 +186,6 @@ class Trainer:
             seconds = time.monotonic() - started
             ended = RunEnded(step=self.step, reason=reason, seconds=seconds, summary=summary, lost_peer=lost_peer)
             self._emit(ended)
-            self._watchers.close()
         return Outcome(step=self.step, reason=reason, loss=loss, evaluation=self._evaluations.last)
 
     def _after_step(self, steps: int, vote: StopVote, *, went_on: bool) -> str:
@@ -276,7 +282,7 @@ class Trainer:
         return loss.mean
 
     def _judge(self, micro_batches: Sequence[Batch], loss: float, norm: float, scale: float | None) -> Judgement | None:
-        """What the watchers say of the step before its update; TrainfleetError where that is to stop the run."""
+        """What the watchers say of the step before its update; AnomalyStopped where that is to stop the run."""
         under_way = UnderWay(
             step=self.step + 1,
             micro_batches=micro_batches,
@@ -289,7 +295,7 @@ class Trainer:
             judgement = self._watchers.judge(under_way)
         if judgement is not None and judgement.policy == "stop":
             self._save_last()
-            raise TrainfleetError(f"{judgement.what} in step {self.step + 1}, and the run was told to stop for it.")
+            raise judgement.error(self.step + 1)
         return judgement
 
     def _roll_back(self, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What must not be learned from is seen, and the run goes back to before it, a bounded number of times."""
+"""A run by default hears of anomalies, and goes back to before what it must not learn from where it keeps copies."""
 
 from __future__ import annotations
 
@@ -13,45 +13,36 @@ from torch import Tensor, nn
 from trainfleet.errors import ConfigError
 from trainfleet.events import Evaluated, Event, Noted, Restored, StepEnded
 from trainfleet.mesh import Mesh
+from trainfleet.monitor.anomalies import AnomalyConfig
 from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
-from trainfleet.training.anomaly import Anomalies
+from trainfleet.training.anomalies import anomaly_watchers
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.trainer import Trainer
-from trainfleet.training.watcher import UnderWay
 
 
-def seen_in(watch: Anomalies, loss: float, norm: float = 1.0, scale: float | None = None) -> str | None:
-    """The engine is of no interest."""
-    under_way = UnderWay(step=1, micro_batches=[], engine=None, loss=loss, grad_norm=norm, loss_scale=scale)  # type: ignore[arg-type]
-    judgement = watch.judge(under_way)
-    return judgement and judgement.what
+def names(config: AnomalyConfig, **options: Any) -> list[str]:
+    with Mesh.from_env(Plan(), device="cpu") as mesh:
+        return [type(each).__name__ for each in anomaly_watchers(config, mesh, **{"rolls_back": False, **options})]
 
 
-@pytest.mark.parametrize(
-    ("loss", "norm", "scale", "said"),
-    [
-        (math.nan, 1.0, None, "The loss is nan"),
-        (math.inf, 1.0, 8.0, "The loss is inf"),
-        (1.0, math.inf, None, "The norm of the gradient is inf"),
-        (1.0, math.inf, 8.0, None),
-        (1e9, 1.0, None, None),
-    ],
-)
-def test_what_is_not_finite_is_seen(loss: float, norm: float, scale: float | None, said: str | None) -> None:
-    assert seen_in(Anomalies(TrainConfig()), loss, norm, scale) == said
+def test_what_is_not_asked_for_is_not_watched() -> None:
+    default = names(AnomalyConfig())
+    assert default == ["Findings", "NotFinite", "LossSpike", "GradientExplosion", "DeadUnits", "Stalls"]
+    assert names(AnomalyConfig(loss_spike=None, gradient_explosion=None, dead_units=None)) == [
+        "Findings",
+        "NotFinite",
+        "Stalls",
+    ]
+    assert "Buffers" in names(AnomalyConfig(memory_growth="stop"))
 
 
-def test_a_jump_is_seen_once_the_usual_is_known() -> None:
-    watch = Anomalies(TrainConfig(rollback_spike=3.0))
-    assert seen_in(watch, 90.0) is None
-    for _ in range(12):
-        assert seen_in(watch, 2.0) is None
-    assert seen_in(watch, 5.9) is None
-    assert seen_in(watch, 6.1) == "The loss is 6.1, 3.0 times the usual 2"
+def test_a_policy_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gradient_explosion is rollback"):
+        names(AnomalyConfig(gradient_explosion="rollback"))
 
 
-@pytest.mark.parametrize("wrong", [{"rollback_every": 0}, {"rollback_spike": 1.0}, {"max_rollbacks": -1}])
+@pytest.mark.parametrize("wrong", [{"rollback_every": 0}, {"max_rollbacks": -1}])
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         TrainConfig(**wrong)
