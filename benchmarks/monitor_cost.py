@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +217,23 @@ def all_on(recipe: Any) -> Any:
 
 
 def all_off(recipe: Any) -> Any:
-    switches = {each.name: False for each in fields(recipe.monitor) if isinstance(each.default, bool)}
-    return replace(recipe, monitor=replace(recipe.monitor, log_interval=10**9, **switches))
+    return replace(recipe, monitor=replace(off(recipe.monitor), log_interval=10**9))
+
+
+def off(section: Any) -> Any:
+    """With every switch at false, and watching for no anomaly."""
+    from trainfleet.events import ANOMALIES
+
+    changed: dict[str, Any] = {}
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if is_dataclass(value):
+            changed[each.name] = off(value)
+        elif isinstance(value, bool):
+            changed[each.name] = False
+        elif each.name in ANOMALIES:
+            changed[each.name] = None
+    return replace(section, **changed)
 
 
 def share_of_observers(path: Path) -> float:
