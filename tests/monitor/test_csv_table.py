@@ -25,6 +25,7 @@ def test_every_number_is_a_row_under_columns_that_never_change(tmp_path: Path, s
     head, *rows = write(tmp_path / "m.csv", story.step(1), evaluated, step, late)
     assert tuple(head) == COLUMNS and all(len(row) == 4 for row in rows)
     values = {(row[0], row[2]): float(row[3]) for row in rows}
+    assert next([row[0], row[3]] for row in rows if row[2] == "samples") == ["1", "8"]
     assert values["1", "loss"] == story.step(1).loss and values["2", "phases.forward"] == 0.25
     assert values["1", "validation_accuracy"] == 0.5 and values["2", late.name] == 4.0
     assert values["2", "loss"] == math.inf and ("2", "grad_norm") not in values and ("1", "grad_norm") in values

@@ -53,7 +53,7 @@ class CsvTable:
             writer.writerow(COLUMNS)
         self._is_begun = True
         now = f"{time.time():.3f}"
-        writer.writerows([step, now, name, float(value)] for name, value in values.items())
+        writer.writerows([step, now, name, _cell(value)] for name, value in values.items())
         self._journal.append(rows.getvalue().removesuffix("\n").encode(errors="replace"))
 
 
@@ -67,3 +67,8 @@ def numbers_of(event: StepEnded) -> dict[str, float]:
         elif value is not None and field.name != "step":
             numbers[field.name] = value
     return numbers
+
+
+def _cell(value: Any) -> int | float:
+    """ValueError or TypeError for what is no number."""
+    return int(value) if isinstance(value, int) else float(value)

@@ -93,7 +93,8 @@ def draw_throughput(runs: Sequence[History]) -> Figure:
     for run, name, color in zip(runs, names_of(runs), COLORS):
         steps, speeds = points(run, lambda group: group.tokens_per_second)
         mean = readable_rate(run.steps.tokens_per_second)
-        label = f"{'' if len(runs) == 1 else name + ': '}{mean} {unit}/s"
+        mfu = "" if math.isnan(run.steps.mfu) else f", MFU {100 * run.steps.mfu:.1f}%"
+        label = f"{'' if len(runs) == 1 else name + ': '}{mean} {unit}/s{mfu}"
         speed_axes.plot(steps, speeds, color=color, alpha=0.25, linewidth=0.8)
         speed_axes.plot(steps, smooth(speeds), color=color, linewidth=1.8, label=label)
         at, waits = points(run, lambda group: 100 * min(1.0, _share(group.data_seconds, group.seconds)))

@@ -28,7 +28,7 @@ def test_a_group_of_one_step_has_its_very_numbers() -> None:
     assert [(g.step, g.loss, g.memory_bytes) for g in steps.groups] == [(1, 0.1, 10), (2, 0.2, 20), (3, 0.1 * 3, 30)]
     last = steps.groups[-1]
     assert (last.time, last.tokens_per_second, last.mfu, last.between_seconds) == (103.0, 128.0, 0.4, 0.2)
-    assert last.phases == {"data": 0.1, "forward": 0.3}
+    assert last.phases == {"data": 0.1, "forward": 0.3} and steps.mfu == pytest.approx(0.4)
 
 
 def test_many_steps_come_in_few_groups_of_means_sums_and_peaks() -> None:

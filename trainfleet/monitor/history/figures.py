@@ -37,7 +37,7 @@ def figures(run: History) -> dict[str, float | int | str | None]:
         "samples_per_second": known(run.steps.samples_per_second),
         "step_seconds": known(run.steps.step_seconds),
         "data_wait_share": waited / seconds if seconds > 0 else None,
-        "mfu": next((group.mfu for group in reversed(run.steps.groups) if not math.isnan(group.mfu)), None),
+        "mfu": known(run.steps.mfu),
         "peak_memory_bytes": max(memory) or None,
         "goodput": known(run.goodput.share),
         "wall_seconds": run.goodput.seconds,

@@ -140,6 +140,12 @@ class Steps:
         """The mean of a step."""
         return 1 / self._per_second("num_steps") if self.groups else math.nan
 
+    @property
+    def mfu(self) -> float:
+        """The mean of what is known of it, of 1; NaN where nothing is."""
+        known = [group.mfu for group in self.groups if not math.isnan(group.mfu)]
+        return sum(known) / len(known) if known else math.nan
+
     def _per_second(self, name: str) -> float:
         """Of time in steps. The first step of each start counts only while there are no others."""
         amount = sum(getattr(group, name) for group in self.groups)
