@@ -73,13 +73,11 @@ class Learner(nn.Module):
         if trouble.is_here("loss", last):
             x = x * math.nan
         if trouble.is_here("slow", last, lasting=True):
-            time.sleep(0.03)
+            time.sleep(0.05)
         if trouble.is_here("leak", last, lasting=True):
             trouble.held.append(torch.ones(LONG))
-        if trouble.plant == "dead" and trouble.step == trouble.at:
-            with torch.no_grad():
-                self.layers[3].bias.fill_(-1e3)
-        y = self.head(self.layers(x))
+        is_dead = trouble.plant == "dead" and trouble.step >= trouble.at
+        y = self.head(self.layers[4](self.layers[:4](x) - 1e3 * is_dead))
         if trouble.is_here("gradient", last):
             y.register_hook(lambda gradient: gradient * math.inf)
         if trouble.is_here("explosion", last):
@@ -256,8 +254,6 @@ def filling_disk() -> Iterator[None]:
 
 
 def runs_of(ranks: RankPools, folder: Path, planted: Planted, only_steps: int | None = None) -> list[Any]:
-    if planted.ranks == 1:
-        return [planted_run(str(folder), planted, only_steps)]
     return ranks(planted.ranks, planted_run, str(folder), planted, only_steps)
 
 
@@ -360,7 +356,7 @@ def test_a_warm_up_to_a_high_rate_is_clean(tmp_path: Path, steps: int) -> None:
     values = {
         "batch": {"micro_batch": 16},
         "train": {"steps": steps},
-        "optimizer": {"name": "sgd", "lr": 0.5, "args": {"momentum": 0.9}},
+        "optimizer": {"name": "sgd", "lr": 0.1, "args": {"momentum": 0.9}},
         "schedule": {"name": "cosine", "warmup_steps": steps // 3},
     }
     assert clean(str(tmp_path), values, Deep) == []
@@ -377,7 +373,6 @@ def test_evaluations_and_saves_at_every_turn_on_a_busy_machine_are_clean(tmp_pat
     values = {
         "batch": {"micro_batch": 16},
         "train": {"steps": steps, "evaluate_every": 3, "evaluate_batches": 2},
-        "data": {"evaluation": {}},
         "checkpoint": {"every": 4, "keep_last": 2},
     }
     others = [multiprocessing.get_context("fork").Process(target=busy, args=(120.0,)) for _ in range(2)]

@@ -74,3 +74,15 @@ def test_a_norm_that_falls_shakes_or_is_tiny_does_not_explode() -> None:
     assert [each for each in judged([1.0] * 600, shaky) if each] == []
     assert judged([1.0] * 201, [*[1.0] * 50, *[1e-6] * 150, 1e-3]) == [None] * 201
     assert judged([1.0] * 101, [*[0.0] * 100, math.inf]) == [None] * 101
+
+
+def test_losses_of_single_samples_that_are_learned_are_no_spikes() -> None:
+    draw = random.Random(0)
+    learned = [math.exp(draw.gauss(-6, 3)) for _ in range(2000)]
+    assert max(learned) > 20 and [each for each in judged([*[2.3] * 20, *learned]) if each] == []
+    assert judged([*learned, 1e9])[-1] is not None, "which is beyond these, too"
+
+
+def test_losses_below_zero_are_judged_all_the_same() -> None:
+    found = judged([*[each - 6 for each in noise(100)], 0.5])
+    assert [each and each.kind for each in found] == [*[None] * 100, "loss_spike"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainfleet.monitor.anomalies import AnomalyConfig, Jumps, Spell
+from trainfleet.monitor.anomalies import AnomalyConfig, Jump, Jumps, Spell
 from trainfleet.monitor.anomalies.jumps import NEAR
 from trainfleet.monitor.units import readable_loss
 from trainfleet.training.not_finite import exhausted
@@ -36,14 +36,24 @@ class Outlier(Watcher):
     def sentence(self, number: float, usual: float, deviations: float) -> str:
         raise NotImplementedError
 
+    def jump(self, number: float) -> Jump | None:
+        return self._jumps.judge(number)
+
+    def accept(self, number: float) -> None:
+        """As one of the usual."""
+        self._jumps.accept(number)
+
+    def forget(self) -> None:
+        self._jumps.forget()
+
     def judge(self, under_way: UnderWay) -> Judgement | None:
         number = self.number(under_way)
         if number is None:
             return None
-        jump = self._jumps.judge(number)
+        jump = self.jump(number)
         if jump is None:
             self._out = []
-            self._jumps.accept(number)
+            self.accept(number)
             since = self._spell.ends()
             return None if since is None else self._over(f"as usual again, after {under_way.step - since} steps")
         self._out.append(number)
@@ -51,9 +61,9 @@ class Outlier(Watcher):
         if self._policy == "skip" and len(self._out) > self._most:
             return Judgement(policy="stop", kind=self.kind, what=exhausted(what, self._most))
         if self._policy == "warn" and len(self._out) == NEAR:  # it is what the run is like now
-            self._jumps.forget()
+            self.forget()
             for each in self._out:
-                self._jumps.accept(each)
+                self.accept(each)
             self._out, self._spell = [], Spell()
             return self._over(f"as high for {NEAR} steps, which is the usual from now on")
         is_news = self._spell.begins(under_way.step) or self._policy == "rollback"
@@ -65,7 +75,10 @@ class Outlier(Watcher):
 
 
 class LossSpike(Outlier):
-    """Of the loss; see `Jumps` for when."""
+    """Of the loss; see `Jumps` for when. Where losses are positive, it has to jump as their logarithms do, too.
+
+    Losses of few samples that are learned differ by orders of magnitude, and no deviation bounds them.
+    """
 
     kind = "loss_spike"
     subject = "loss"
@@ -77,6 +90,23 @@ class LossSpike(Outlier):
         super().__init__(
             policy, Jumps(deviations=config.spike_deviations, is_worth=is_worth), skips_in_a_row=config.skips_in_a_row
         )
+
+        self._logs = Jumps(deviations=config.spike_deviations, is_worth=lambda *_: True)
+
+    def jump(self, number: float) -> Jump | None:
+        jump = super().jump(number)
+        if jump is None or number <= 0 or not self._logs.knows_enough or self._logs.judge(math.log(number)):
+            return jump
+        return None
+
+    def accept(self, number: float) -> None:
+        super().accept(number)
+        if number > 0:
+            self._logs.accept(math.log(number))
+
+    def forget(self) -> None:
+        super().forget()
+        self._logs.forget()
 
     def number(self, under_way: UnderWay) -> float | None:
         return under_way.loss if math.isfinite(under_way.loss) else None

@@ -51,9 +51,14 @@ class Jumps:
         self._first: float | None = None
         self._count = 0
 
+    @property
+    def knows_enough(self) -> bool:
+        """Whether it judges."""
+        return self._count >= ENOUGH
+
     def judge(self, value: float) -> Jump | None:
         """The jump that `value` is, or None."""
-        if self._count < ENOUGH or self._first is None:
+        if not self.knows_enough or self._first is None:
             return None
         usual = self._usual()
         if not self._is_worth(value, usual, self._first):
