@@ -160,7 +160,9 @@ class AlertFired(Event):
     alert: str
     """As it stands in the recipe."""
     value: float
-    """The one that it was about, as it is now."""
+    """The one that it was about, as it is now; NaN where it is about an anomaly."""
+    text: str = ""
+    """A sentence that says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
