@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 from trainfleet.events import (
+    AlertFired,
+    AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
     Noted,
@@ -116,3 +118,17 @@ def test_what_a_fed_step_waited_for_adds_up_and_the_end_says_what_was_the_limit(
     assert lines[-1].startswith(
         "   |  limit            Reading the samples is the limit: raise data.workers, start more"
     )
+
+
+def test_alerts_and_anomalies_have_one_line_each(story: Any) -> None:
+    alert = AlertFired(step=3, alert="loss > 5", value=7.0, text="loss > 5: loss is 7\nand\x1b[2J more")
+    fields = {"rank": 1, "module": "layers.3", "path": "runs/x/bad"}
+    seen = AnomalySeen(step=4, kind="loss_not_finite", what="the loss is nan", policy="skip", **fields)
+    lines = printed(
+        story.started(steps=40), alert, seen, AnomalySeen(step=5, kind="slow_rank", what="x", policy="warn")
+    )
+    assert lines[1:] == [
+        "alert      3/40  loss > 5: loss is 7 and\N{MIDDLE DOT}[2J more",
+        "anom       4/40  loss_not_finite  the loss is nan  rank 1  in layers.3  saved in runs/x/bad  step skipped",
+        "anom       5/40  slow_rank  x  run goes on",
+    ]

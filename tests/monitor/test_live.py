@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -8,8 +9,8 @@ import sys
 import textwrap
 from typing import Any
 
-from trainfleet.events import Tracked
-from trainfleet.monitor.live import fit_line
+from trainfleet.events import AlertFired, AnomalySeen, Tracked
+from trainfleet.monitor.live import LiveLine, fit_line
 from trainfleet.monitor.progress import Progress
 
 
@@ -113,3 +114,15 @@ def test_in_a_terminal_prints_stay_above_the_line_and_the_terminal_is_given_back
     assert "[red]x·[2J" in output and "\x1b[2J" not in output
     assert output.index("\x1b[?25h") < output.index("1/2"), "a rank that is killed leaves the cursor visible"
     assert output.rindex("\x1b[?25h") > output.rfind("\x1b[?25l"), "the cursor is visible"
+
+
+def test_alerts_are_red_and_so_are_anomalies_after_which_something_was_done() -> None:
+    file = io.StringIO()
+    live = LiveLine(file)
+    live.on_event(AlertFired(step=3, alert="loss > 5", value=7.0, text="loss > 5: loss is 7"))
+    for policy in ("warn", "skip"):
+        live.on_event(AnomalySeen(step=4, kind="loss_spike", what="9 is much", policy=policy, rank=1))
+    red, yellow, red_too = file.getvalue().splitlines()
+    assert "\x1b[1;31malert: loss > 5: loss is 7" in red
+    assert "\x1b[33mloss spike: 9 is much, rank 1, run goes on" in yellow
+    assert "\x1b[1;31mloss spike: 9 is much, rank 1, step skipped" in red_too

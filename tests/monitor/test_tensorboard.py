@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainfleet.errors import DependencyError
-from trainfleet.events import Evaluated, Tracked
+from trainfleet.events import AlertFired, AnomalySeen, Evaluated, RanksReported, Tracked
 from trainfleet.monitor.tensorboard import TensorBoard
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -69,3 +69,16 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with pytest.raises(DependencyError, match=r'pip install "trainfleet\[monitor\]"'):
         TensorBoard(tmp_path)
+
+
+def test_machines_alerts_and_anomalies_are_shown(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.on_event(RanksReported(step=1, steps=1, ranks=[{"host": "a", "system": {"cpu_percent": 12.5}}]))
+    board.on_event(AlertFired(step=2, alert="loss > 5", value=7.0, text="loss is 7"))
+    board.on_event(AnomalySeen(step=3, kind="slow_rank", what="rank 1 is slow", policy="warn"))
+    board.close()
+    shown = read(tmp_path)
+    assert points(shown, "system/a/cpu_percent") == [(1, 12.5)]
+    (alert,) = shown.Tensors("alerts/text_summary")
+    assert alert.tensor_proto.string_val[0] == b"    loss > 5\n    loss is 7\n"
+    assert "anomalies/slow_rank/text_summary" in shown.Tags()["tensors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from trainfleet.errors import (  # noqa: E402
     StoreError,
     TrainfleetError,
 )
-from trainfleet.events import CheckpointFailed, CheckpointSaved  # noqa: E402
+from trainfleet.events import CheckpointFailed, CheckpointSaved, StepEnded  # noqa: E402
 from trainfleet.monitor import read_metrics  # noqa: E402
 from trainfleet.store import FileStore  # noqa: E402
 from trainfleet.training import job  # noqa: E402
@@ -299,3 +300,37 @@ def test_what_is_done_on_the_device_is_what_a_transform_does_before(tmp_path: Pa
     before = job.run(recipe(tmp_path / "before", data={**args, "transform": f"{__name__}:unbyted"}))
     on_device = job.run(recipe(tmp_path / "device", data={**args, "on_device": f"{__name__}:unbyted"}))
     assert before.loss is not None and before == on_device
+
+
+class Blocks:
+    """An observer that never returns from the first step."""
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, StepEnded):
+            threading.Event().wait(60)
+
+
+def test_a_run_tells_of_its_machine_fires_its_alerts_and_leaves_out_who_blocks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = tmp_path / "told"
+    alert = {"when": "loss > 0", "command": f"sh -c 'echo $ALERT_STEP > {told}'", "webhook": "http://127.0.0.1:9/hush"}
+    monitor = {
+        **QUIET,
+        "log_interval": 2,
+        "observer_deadline_seconds": 0.2,
+        "alerts": [{**alert, "timeout_seconds": 1}, "system.memory_total_bytes > 1"],
+    }
+    folder = tmp_path / "run"
+    outcome = job.run(recipe(folder, monitor=monitor, train={"observers": [f"{__name__}:Blocks"]}))
+    assert outcome.reason == "finished" and told.read_text() == "1\n"
+    assert [(row["step"], row["alert"]) for row in events(folder, "AlertFired")] == [
+        (1, "loss > 0"),
+        (2, "system.memory_total_bytes > 1"),
+    ]
+    reports = events(folder, "RanksReported")
+    assert [row["step"] for row in reports] == [2, 4, 6]
+    assert all({"memory_available_bytes", "disk_free_bytes"} <= set(row["ranks"][0]["system"]) for row in reports)
+    assert "Observer Blocks has not returned from StepEnded in 0.2 s" in caplog.text
+    written = [path for path in folder.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
+    assert written == [], "a webhook's path often is its password"

@@ -29,6 +29,8 @@ class CsvTable:
     `nan`, `inf` or `-inf`, and what is not known has no row.
     """
 
+    in_loop = True
+
     def __init__(self, path: str | Path) -> None:
         self._journal = Journal(path, separator=b"\n")
         self._path = Path(path)

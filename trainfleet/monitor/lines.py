@@ -6,6 +6,8 @@ import math
 from typing import TextIO
 
 from trainfleet.events import (
+    AlertFired,
+    AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
@@ -19,7 +21,7 @@ from trainfleet.events import (
     StepEnded,
     Tracked,
 )
-from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
+from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, anomaly_words, printable, printable_line
 from trainfleet.monitor.slow_ranks import SlowRanks
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number
 
@@ -27,8 +29,8 @@ from trainfleet.monitor.units import readable_bytes, readable_duration, readable
 class Lines:
     """Writes the first, the last and each `log_interval`-th step, and everything else as it comes.
 
-    A line begins with what it is (`run`, `step`, `eval`, `save`, `slow`, `track`, `note`, `end`), so that
-    `grep ^eval` finds all evaluations; numbers carry no separators.
+    A line begins with what it is (`run`, `step`, `eval`, `save`, `slow`, `track`, `alert`, `anom`, `note`, `end`), so
+    that `grep ^eval` finds all evaluations; numbers carry no separators.
     """
 
     def __init__(self, file: TextIO, *, log_interval: int) -> None:
@@ -57,6 +59,10 @@ class Lines:
         elif isinstance(event, Restored):
             self._progress.restore(event)
             self._write("load", self._at(event.step), event.path)
+        elif isinstance(event, AlertFired):
+            self._write("alert", self._at(event.step), printable_line(event.text or event.alert))
+        elif isinstance(event, AnomalySeen):
+            self._write("anom", self._at(event.step), event.kind, printable_line(event.what), *anomaly_words(event))
         elif isinstance(event, SamplesSkipped):
             self._write("skip", f"{event.count} bad samples so far", f"such as {event.example}")
         elif isinstance(event, RanksReported):

@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainfleet.events import (
+    AlertFired,
+    AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
@@ -29,7 +31,7 @@ from trainfleet.events import (
     StepEnded,
     Tracked,
 )
-from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, printable
+from trainfleet.monitor.progress import BASELINE, LEAST_WAITING, Progress, anomaly_words, printable, printable_line
 from trainfleet.monitor.slow_ranks import SlowRanks
 from trainfleet.monitor.units import readable_bytes, readable_duration, readable_loss, readable_number, readable_rate
 
@@ -70,6 +72,15 @@ class LiveLine:
         elif isinstance(event, Restored):
             self._progress.restore(event)
             self._keep(event.step, f"restored from {event.path}")
+        elif isinstance(event, AlertFired):
+            self._keep(event.step, f"alert: {printable_line(event.text or event.alert)}", style="bold red")
+        elif isinstance(event, AnomalySeen):
+            words = [event.kind.replace("_", " "), printable_line(event.what), *anomaly_words(event)]
+            self._keep(
+                event.step,
+                ": ".join(words[:2]) + "".join(f", {word}" for word in words[2:]),
+                style="yellow" if event.policy == "warn" else "bold red",
+            )
         elif isinstance(event, SamplesSkipped):
             at = self._progress.last.step if self._progress.last else 0
             self._keep(at, f"{event.count} bad samples left out so far, such as {event.example}", style="yellow")

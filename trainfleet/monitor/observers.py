@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from trainfleet.errors import ConfigError, DependencyError
 from trainfleet.events import Observer
+from trainfleet.monitor.alerts import Alert, Alerts
 from trainfleet.monitor.anomalies import AnomalyConfig
 from trainfleet.monitor.console import Console
 from trainfleet.monitor.csv_table import CsvTable
@@ -16,6 +19,8 @@ from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines
 from trainfleet.monitor.run_folder import RunFolder
 from trainfleet.monitor.samples import Samples
+from trainfleet.monitor.services import Mlflow, MlflowConfig, Prometheus, PrometheusConfig, WandB, WandbConfig
+from trainfleet.monitor.system import SystemSampler
 from trainfleet.monitor.tensorboard import TensorBoard
 from trainfleet.plan import STRICT
 
@@ -40,7 +45,20 @@ class MonitorConfig:
     """Files for TensorBoard. Switch it off if nobody looks, or to train without the extra `monitor`."""
     curve: bool = True
     """The picture loss.png, at evaluations and at the end. Switch it off to train without the extra `monitor`."""
-
+    system: bool = True
+    """Processor, memory, disk, network and GPU of each host and rank, every log_interval steps. A look takes a
+    millisecond; switch it off where that is too much."""
+    alerts: tuple[str | Alert, ...] | str = ()
+    """When to tell somebody: lines such as `loss > 5 for 20 steps` or `anomaly slow_rank`, import paths of functions
+    (row) -> bool or text, or sections with `when` and whom to tell: `command`, `webhook`."""
+    observer_deadline_seconds: float = 10.0
+    """How long the loop waits for an observer that is not ours, at each event, before it leaves it out."""
+    wandb: WandbConfig | str | None = None
+    """Weights & Biases (extra `wandb`): a section, or the name of a project. null: nothing is sent."""
+    mlflow: MlflowConfig | str | None = None
+    """MLflow (extra `mlflow`): a section, or the URI of a tracking server or store. null: nothing is sent."""
+    prometheus: PrometheusConfig | int | None = None
+    """An endpoint for Prometheus (extra `prometheus`): a section, or a port of the loopback. null: none."""
     mfu: bool = True
     """Model FLOPs utilisation: the share of the devices' peak that the model makes use of. Known from step log_interval
     on, when the model runs once more, on tensors without numbers. Switch it off where its forward must not."""
@@ -55,10 +73,31 @@ class MonitorConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"monitor.{name} is {value}; it is a positive number, or null to have it found.")
+        self.each_alert  # noqa: B018  # raises what is wrong with one
+        if isinstance(self.prometheus, int):
+            PrometheusConfig(port=self.prometheus)
+        if self.observer_deadline_seconds <= 0:
+            raise ConfigError(
+                f"monitor.observer_deadline_seconds is {self.observer_deadline_seconds}; it must be positive."
+            )
         if self.log_interval < 1:
             raise ConfigError(
                 f"monitor.log_interval is {self.log_interval}; use at least 1, or monitor.console=false for silence."
             )
+
+    @property
+    def each_alert(self) -> tuple[Alert, ...]:
+        """All of them in their long form."""
+        lines = (self.alerts,) if isinstance(self.alerts, str) else self.alerts
+        return tuple(Alert(when=line) if isinstance(line, str) else line for line in lines)
+
+    def without_secrets(self) -> MonitorConfig:
+        """As a run may write it down: the path of a webhook often is its password."""
+        alerts = self.alerts
+        if not isinstance(alerts, str):
+            alerts = tuple(alert.without_secrets() if isinstance(alert, Alert) else alert for alert in alerts)
+        mlflow = MlflowConfig(uri=self.mlflow) if isinstance(self.mlflow, str) else self.mlflow
+        return replace(self, alerts=alerts, mlflow=mlflow and mlflow.without_secrets())
 
 
 def observers_for(config: MonitorConfig, folder: RunFolder | None, is_main: bool) -> list[Observer]:
@@ -82,6 +121,13 @@ def observers_for(config: MonitorConfig, folder: RunFolder | None, is_main: bool
             makers.append(lambda: TensorBoard(files.tensorboard, every=config.log_interval))
         if config.curve:
             makers.append(lambda: LossCurve(files.curve, history=files.metrics))
+        makers += _services(config, folder)
+    if (prometheus := config.prometheus) is not None:
+        makers.append(lambda: Prometheus(prometheus))
+    # Last: what they tell comes after what they tell it of. A function is called on its own, and fails alone.
+    functions = [alert for alert in config.each_alert if alert.condition is None]
+    lines = [alert for alert in config.each_alert if alert.condition is not None]
+    makers += [partial(Alerts, *lines)] * bool(lines) + [partial(Alerts, function) for function in functions]
     observers, missing = [], []
     for make in makers:
         try:
@@ -91,3 +137,23 @@ def observers_for(config: MonitorConfig, folder: RunFolder | None, is_main: bool
     if missing:
         logger.warning("%s The run goes on without.", " ".join(missing))
     return observers
+
+
+def _services(config: MonitorConfig, folder: RunFolder) -> list[Callable[[], Observer]]:
+    """Those to which a run is sent, under the name of its folder."""
+    makers: list[Callable[[], Observer]] = []
+    if config.wandb is not None:
+        makers.append(partial(WandB, config.wandb, folder=folder.path, every=config.log_interval))
+    if config.mlflow is not None:
+        makers.append(partial(Mlflow, config.mlflow, folder=folder.path, every=config.log_interval))
+    return makers
+
+
+def system_numbers(
+    config: MonitorConfig, folder: str | Path, *, device: str, is_first_of_host: bool
+) -> Callable[[], dict[str, float]] | None:
+    """What a rank reports of its machine: the first of a host all, the others what is theirs. None: nothing."""
+    if not config.system:
+        return None
+    sampler = SystemSampler(folder, device=device)
+    return sampler.numbers if is_first_of_host else sampler.numbers_of_a_rank

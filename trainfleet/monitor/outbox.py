@@ -22,7 +22,7 @@ MOST_TOGETHER = 500
 class Outbox(Generic[Item]):
     """Takes items without ever waiting; what finds no room, or cannot be delivered, is lost and counted.
 
-    `name` begins the warnings: there is one when the first item is lost, and one at the end with their number. `deliver`
+    `name` begins the warnings: one when the first item is lost, and one at the end with their number. `deliver`
     is called in a daemon thread with those that wait, in order; what it raises loses them, and the next are tried anew.
     """
 
@@ -98,5 +98,9 @@ class Outbox(Generic[Item]):
         self.lost += count
         if not self._has_warned:
             self._has_warned = True
-            logger.warning("%s: %d could not be delivered (%s). The run goes on; what is lost is counted.",
-                           self.name, count, why.splitlines()[0][:500] if why else "no reason given")
+            logger.warning(
+                "%s: %d could not be delivered (%s). The run goes on; what is lost is counted.",
+                self.name,
+                count,
+                why.splitlines()[0][:500] if why else "no reason given",
+            )

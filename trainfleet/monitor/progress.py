@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from trainfleet.events import Evaluated, Restored, RunEnded, RunStarted, StepEnded, Tracked
+from trainfleet.events import AnomalySeen, Evaluated, Restored, RunEnded, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.limit import COMPUTING, Limit, in_words
 from trainfleet.monitor.spent import Spent
 from trainfleet.monitor.throughput import Smoothed, Throughput
@@ -102,3 +102,18 @@ class Progress:
 def printable(text: str) -> str:
     """The text without what would move the cursor or ring the bell: a model may generate any byte."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\N{MIDDLE DOT}" for char in text)
+
+
+def printable_line(text: str) -> str:
+    """The same on one line."""
+    return " ".join(printable(text).split())
+
+
+def anomaly_words(event: AnomalySeen) -> list[str]:
+    """Where an anomaly arose, as far as it is known, and what was done about it."""
+    return [
+        *([f"rank {event.rank}"] if event.rank is not None else []),
+        *([f"in {event.module}"] if event.module else []),
+        *([f"saved in {event.path}"] if event.path else []),
+        {"skip": "step skipped", "rollback": "rolled back", "stop": "run stopped"}.get(event.policy, "run goes on"),
+    ]

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from trainfleet.deps import require
-from trainfleet.events import CheckpointSaved, Evaluated, Event, Noted, RunEnded, RunStarted, StepEnded, Tracked
+from trainfleet.events import AlertFired, AnomalySeen, Event, Noted, RunEnded, RunStarted
 from trainfleet.monitor.journal import Journal
+from trainfleet.monitor.scalars import scalars_in
 
 
 class TensorBoard:
@@ -38,16 +39,12 @@ class TensorBoard:
         self._journal: Journal | None = None
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, StepEnded):
-            if event.step % self._every == 0:
-                self._add_scalars(event.step, _scalars(event))
-        elif isinstance(event, Evaluated):
-            values = {"loss": event.loss, **event.metrics}
-            self._add_scalars(event.step, {f"validation/{name}": value for name, value in values.items()})
-        elif isinstance(event, Tracked):
-            self._add_scalars(event.step, {event.name: event.value})
-        elif isinstance(event, CheckpointSaved):
-            self._add_scalars(event.step, {"time/save_seconds": event.seconds})
+        if (scalars := scalars_in(event, every=self._every)) is not None:
+            self._add_scalars(*scalars)
+        elif isinstance(event, AlertFired):
+            self._add_text(event.step, "alerts", _as_code(f"{event.alert}\n{event.text}"))
+        elif isinstance(event, AnomalySeen):
+            self._add_text(event.step, f"anomalies/{event.kind}", _as_code(f"{event.what}\n{event.policy}"))
         elif isinstance(event, Noted):
             self._add_text(event.step, event.title, _as_code(event.text))
         elif isinstance(event, RunStarted):
@@ -96,27 +93,6 @@ class TensorBoard:
         record = io.BytesIO()
         self._record_writer(record).write(event.SerializeToString())
         self._journal.append(record.getvalue())
-
-
-def _scalars(event: StepEnded) -> dict[str, float]:
-    values = {
-        "train/loss": event.loss,
-        "train/learning_rate": event.learning_rate,
-        "speed/tokens_per_second": event.tokens / event.seconds if event.seconds else 0.0,
-        "speed/samples_per_second": event.samples / event.seconds if event.seconds else 0.0,
-        "time/step_seconds": event.seconds,
-        "time/data_seconds": event.data_seconds,
-        "memory/bytes": event.memory_bytes,
-    }
-    values |= {f"time/{phase}_seconds": seconds for phase, seconds in event.phases.items() if seconds}
-    if event.mfu is not None:
-        values["speed/mfu"] = event.mfu
-    values |= {f"time/wait_{cause}_seconds": seconds for cause, seconds in event.waits.items() if seconds}
-    if event.grad_norm is not None:
-        values["train/grad_norm"] = event.grad_norm
-    if event.loss_scale is not None:
-        values["train/loss_scale"] = event.loss_scale
-    return values
 
 
 def _as_code(text: str) -> str:

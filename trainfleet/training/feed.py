@@ -70,13 +70,13 @@ def as_fed(recipe: Recipe, /, **ways: Any) -> Recipe:
 
 
 def without_tokens(recipe: Recipe) -> Recipe:
-    """`recipe` as a run may write it down: whoever reads a run folder cannot connect to its feeders."""
+    """`recipe` as a run may write it down: whoever reads a run folder cannot connect to its feeders or page."""
     data, evaluation = recipe.data, recipe.data.evaluation
     if data.source == REMOTE:
         data = replace(data, args=_masked(data.args))
     if evaluation is not None and evaluation.source == REMOTE:
         data = replace(data, evaluation=replace(evaluation, args=_masked(evaluation.args)))
-    return replace(recipe, data=data)
+    return replace(recipe, data=data, monitor=recipe.monitor.without_secrets())
 
 
 def refuse_unlike_feeders(world: Group, *streams: Any) -> None:

@@ -21,7 +21,7 @@ from trainfleet.errors import AnomalyStopped, CheckpointError, ConfigError, Fail
 from trainfleet.events import Observer, SamplesSkipped
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
-from trainfleet.monitor import RunFolder, observers_for
+from trainfleet.monitor import RunFolder, observers_for, system_numbers
 from trainfleet.plan import Plan
 from trainfleet.store import open_store
 from trainfleet.training.deepspeed_file import with_deepspeed_file
@@ -167,12 +167,16 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             watchers=watchers_of(recipe, mesh, folder),
             report_every=recipe.monitor.log_interval,
             utilisation=utilisation,
+            system=system_numbers(
+                recipe.monitor, folder.path, device=mesh.device, is_first_of_host=mesh.local_rank == 0
+            ),
             prepare=prepare,
             step_fn=load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None,
             finish=_finish(recipe, model, mesh, folder),
             metadata=metadata,
             folder=str(folder.path),
         )
+        trainer.observers.deadline_seconds = recipe.monitor.observer_deadline_seconds
         closing.callback(trainer.observers.close)
         tell.observers = trainer.observers
         _begin_or_resume(recipe, trainer, checkpointer)

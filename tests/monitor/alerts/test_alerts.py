@@ -48,11 +48,15 @@ def test_a_line_tells_the_log_and_the_other_observers(story: Any, caplog: pytest
 
 
 def test_a_loss_that_is_not_a_number_is_told(story: Any) -> None:
-    assert heard(Alerts("loss > 5"), story.step(1, loss=math.nan), story.step(2, loss=math.nan)).fired == [(1, "loss > 5")]
+    assert heard(Alerts("loss > 5"), story.step(1, loss=math.nan), story.step(2, loss=math.nan)).fired == [
+        (1, "loss > 5")
+    ]
 
 
 def test_an_anomaly_is_told_each_time_and_by_kind() -> None:
-    seen = [AnomalySeen(step=n, kind=kind, what="x", policy="warn") for n, kind in enumerate(["slow_rank", "loss_spike"])]
+    seen = [
+        AnomalySeen(step=n, kind=kind, what="x", policy="warn") for n, kind in enumerate(["slow_rank", "loss_spike"])
+    ]
     listens = heard(Alerts("anomaly", "anomaly loss_spike"), *seen)
     assert listens.fired == [(0, "anomaly"), (1, "anomaly"), (1, "anomaly loss_spike")]
 
@@ -63,7 +67,12 @@ def too_hot(row: Mapping[str, Any]) -> bool | str:
 
 def test_a_function_of_the_row_says_when_and_what(story: Any, caplog: pytest.LogCaptureFixture) -> None:
     events = [Tracked(step=1, name="heat", value=9), *[story.step(n) for n in (1, 2, 3)]]
-    events += [Tracked(step=3, name="heat", value=1), story.step(4), Tracked(step=4, name="heat", value=9), story.step(5)]
+    events += [
+        Tracked(step=3, name="heat", value=1),
+        story.step(4),
+        Tracked(step=4, name="heat", value=9),
+        story.step(5),
+    ]
     for alerts, name in ((Alerts(too_hot), "too_hot"), (Alerts(f"{__name__}:too_hot"), f"{__name__}:too_hot")):
         assert not alerts.in_loop, "it is somebody else's"
         assert heard(alerts, *events).fired == [(2, name), (5, name)]
@@ -84,7 +93,9 @@ def test_steps_that_are_taken_again_count_anew(story: Any) -> None:
     assert heard(Alerts("loss > 5 for 3 steps"), *events, *again).fired == [(3, "loss > 5 for 3 steps")]
 
 
-def test_a_name_that_never_came_is_said_at_the_end_with_what_is_near(story: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_that_never_came_is_said_at_the_end_with_what_is_near(
+    story: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     heard(Alerts("los > 5", "loss > 99", "validation_loss > 99"), *story.run())
     assert caplog.messages == ["monitor.alerts: 'los > 5' never saw a number named 'los'. Did you mean 'loss'?"]
 

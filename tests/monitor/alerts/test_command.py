@@ -38,7 +38,9 @@ def test_there_is_no_shell_unless_told(caplog: pytest.LogCaptureFixture) -> None
 def test_one_that_fails_is_a_warning_with_what_it_printed(text: str, caplog: pytest.LogCaptureFixture) -> None:
     run(text)
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING and ("broken" in record.getMessage() or "is-not-there" in record.getMessage())
+    assert record.levelno == logging.WARNING and (
+        "broken" in record.getMessage() or "is-not-there" in record.getMessage()
+    )
 
 
 def test_one_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_a_row_has_the_newest_of_all(story: Any) -> None:
 
 
 def test_every_name_that_is_told_of_has_a_number(story: Any) -> None:
-    for event in (story.step(1, phases={"data": 0.1}), Evaluated(step=1, loss=1.0), Tracked(step=1, name="a", value=1.0),
-                  RanksReported(step=1, steps=1, ranks=RANKS)):  # fmt: skip
+    others = [Evaluated(step=1, loss=1.0), Tracked(step=1, name="a", value=1.0)]
+    for event in (story.step(1, phases={"data": 0.1}), *others, RanksReported(step=1, steps=1, ranks=RANKS)):
         names = set(names_in(event))
         assert names and all(found(event, name) is not None for name in names - {"mfu", "ready", "loss_scale"})
     assert set(OF_STEPS) <= set(names_in(story.step(1)))

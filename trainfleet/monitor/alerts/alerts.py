@@ -16,7 +16,6 @@ from trainfleet.monitor.alerts.condition import OfAnomalies, Watch
 from trainfleet.monitor.alerts.facts import Facts
 from trainfleet.monitor.alerts.numbers import Row, names_in, number_in
 from trainfleet.monitor.alerts.settings import HIDDEN, KEY, Alert, site_of
-from trainfleet.monitor.alerts.webhook import Webhook
 from trainfleet.monitor.outbox import Outbox
 from trainfleet.monitor.units import readable_number
 
@@ -165,6 +164,8 @@ def _outboxes(alert: Alert) -> tuple[list[Outbox[Facts]], Command | None]:
         command = Command(alert.command, shell=alert.shell, timeout_seconds=alert.timeout_seconds)
         outboxes.append(_outbox(f"The command of alert {alert.when!r}", command.run))
     if alert.webhook is not None:
+        from trainfleet.monitor.alerts.webhook import Webhook  # its library takes 20 ms to import
+
         if HIDDEN in alert.webhook:
             raise ConfigError(
                 f"{KEY}: the webhook of {alert.when!r} at {site_of(alert.webhook)} is not kept in a run folder. "

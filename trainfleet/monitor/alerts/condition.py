@@ -151,7 +151,9 @@ def parse(text: str, *, key: str = "monitor.alerts") -> Condition:
     """The condition that `text` says; ConfigError where it says none."""
     line = text.strip()
     if len(line) > MOST_LETTERS:
-        raise ConfigError(f"{key} has a line of {len(line)} letters, {text[:40]!r}…; {MOST_LETTERS} are enough. {_FORMS}")
+        raise ConfigError(
+            f"{key} has a line of {len(line)} letters, {text[:40]!r}…; {MOST_LETTERS} are enough. {_FORMS}"
+        )
     if (found := _COMPARE.fullmatch(line)) is not None:
         limit = _number(found["number"], text, key)
         if math.isnan(limit) and found["comparison"] not in ("==", "!="):

@@ -15,7 +15,7 @@ OF_STEPS = (*_FIELDS, *_RATES)
 
 
 def number_in(event: Event, name: str, *, wants_largest: bool) -> float | None:
-    """The number of that name which `event` tells; of several ranks' the largest, or the smallest. None: it has none."""
+    """The number of that name which `event` tells; of several ranks' the largest or the smallest. None: none."""
     if isinstance(event, StepEnded):
         return _number_of_step(event, name)
     if isinstance(event, Tracked):

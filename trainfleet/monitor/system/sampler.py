@@ -1,0 +1,148 @@
+"""SystemSampler: looks at the machine, and knows from the look before how fast its counters go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from trainfleet.monitor.memory import resident_bytes
+from trainfleet.monitor.system.container import memory_limit_bytes
+from trainfleet.monitor.system.gpu import Gpus
+from trainfleet.monitor.system.stats import InterfaceStats, SystemStats, of_a_rank
+
+SHORTEST_SECONDS = 0.1
+"""Between two looks that a rate is made of: the kernel counts a core's time in steps of 0.01 s."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counters:
+    """What only ever grows; None where it cannot be read here."""
+
+    at: float
+    process: int
+    busy_seconds: float | None = None
+    all_seconds: float | None = None
+    process_seconds: float | None = None
+    disk: tuple[int, int] | None = None
+    network: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class SystemSampler:
+    """A look costs about 0.3 ms and a GPU's answers; what a container hides is None, and nothing raises."""
+
+    def __init__(self, folder: str | Path = ".", *, device: str | None = None) -> None:
+        """`folder` is where the run writes; `device`, such as `cuda:1`, is its GPU: None for all of the machine."""
+        self._folder = Path(folder)
+        self._gpus = Gpus(device) if device is None or device.startswith("cuda") else None
+        self._own = psutil.Process()
+        self._before = self._count()
+        self._rates = SystemStats()
+
+    def look(self) -> SystemStats:
+        """As the machine is now; rates since the look before, or since this was made."""
+        now = self._count()
+        if now.at - self._before.at >= SHORTEST_SECONDS or now.process != self._before.process:
+            self._rates = _rates(self._before, now)
+            self._before = now
+        memory, limit = _told(psutil.virtual_memory), _told(memory_limit_bytes)
+        available = memory.available if memory is not None else None
+        if limit is not None:
+            available = min(limit[1], limit[1] if available is None else available)
+        disk = _told(lambda: os.statvfs(self._folder))
+        return replace(
+            self._rates,
+            memory_total_bytes=memory.total if memory is not None else None,
+            memory_available_bytes=available,
+            memory_limit_bytes=limit[0] if limit is not None else None,
+            process_memory_bytes=_told(resident_bytes),
+            disk_free_bytes=disk.f_bavail * disk.f_frsize if disk is not None else None,
+            disk_total_bytes=disk.f_blocks * disk.f_frsize if disk is not None else None,
+            gpus=self._gpus.look() if self._gpus is not None else (),
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """All that is known, flat."""
+        return self.look().flat()
+
+    def numbers_of_a_rank(self) -> dict[str, float]:
+        """The same without what another rank of this host tells: for all but the first of a host."""
+        return of_a_rank(self.look().flat())
+
+    def _count(self) -> _Counters:
+        if self._own.pid != os.getpid():  # forked
+            self._own = psutil.Process()
+        cpu, own = _told(psutil.cpu_times), _told(self._own.cpu_times)
+        idle = 0.0 if cpu is None else cpu.idle + getattr(cpu, "iowait", 0.0)
+        # A guest's time is in `user` too.
+        every = None if cpu is None else sum(cpu) - getattr(cpu, "guest", 0.0) - getattr(cpu, "guest_nice", 0.0)
+        # Without nowrap psutil would keep, and lock, what it saw before: we see for ourselves that a counter fell.
+        disk = _told(lambda: psutil.disk_io_counters(nowrap=False))
+        network = _told(lambda: psutil.net_io_counters(pernic=True, nowrap=False)) or {}
+        return _Counters(
+            at=time.monotonic(),
+            process=os.getpid(),
+            busy_seconds=None if every is None else every - idle,
+            all_seconds=every,
+            process_seconds=None if own is None else own.user + own.system,
+            disk=None if disk is None else (disk.read_bytes, disk.write_bytes),
+            network={name: (each.bytes_recv, each.bytes_sent) for name, each in network.items()},
+        )
+
+
+def _rates(before: _Counters, now: _Counters) -> SystemStats:
+    """From two looks; a counter that fell began anew in between, and has no rate."""
+    seconds = max(now.at - before.at, 1e-9)
+    busy, whole = _grown(before.busy_seconds, now.busy_seconds), _grown(before.all_seconds, now.all_seconds)
+    own = _grown(before.process_seconds, now.process_seconds) if before.process == now.process else None
+    read, written = (_grown(*pair) for pair in zip(before.disk or (None, None), now.disk or (None, None)))
+    network = {}
+    for name, counted in now.network.items():
+        received, sent = (_grown(*pair) for pair in zip(before.network.get(name, (None, None)), counted))
+        if received is not None and sent is not None:
+            network[name] = InterfaceStats(
+                received_bytes_per_second=received / seconds, sent_bytes_per_second=sent / seconds
+            )
+    return SystemStats(
+        cpu_percent=min(100.0, 100 * busy / whole) if busy is not None and whole else None,
+        process_cpu_percent=None if own is None else 100 * own / seconds,
+        disk_read_bytes_per_second=None if read is None else read / seconds,
+        disk_written_bytes_per_second=None if written is None else written / seconds,
+        network=network,
+    )
+
+
+def _grown(before: float | None, now: float | None) -> float | None:
+    return None if before is None or now is None or now < before else now - before
+
+
+def _told(ask: Callable[[], Value]) -> Value | None:
+    """None where this container or system does not tell."""
+    try:
+        return ask()
+    except (OSError, psutil.Error, NotImplementedError, AttributeError, ValueError, IndexError, RuntimeError):
+        return None
+
+
+_samplers: dict[int, SystemSampler] = {}
+
+
+def get_system_stats() -> SystemStats:
+    """The machine as it is now: processor, memory, disk of the working directory, network by interface, GPUs.
+
+    Rates are those since the call before. The first call of a process takes 0.1 s, to have some.
+    """
+    sampler: Any = _samplers.get(os.getpid())
+    if sampler is None:
+        _samplers.clear()
+        sampler = _samplers[os.getpid()] = SystemSampler()
+        time.sleep(SHORTEST_SECONDS)
+    stats: SystemStats = sampler.look()
+    return stats
