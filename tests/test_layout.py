@@ -34,7 +34,16 @@ OTHER_FILES = {"test_layout", "test_models", "test_readme"}
 # Everything that must work where torch is not installed.
 WITHOUT_TORCH = ["errors", "log", "config", "deps", "state", "events", "batch", "loss", "plan", "balance", "mesh"]
 WITHOUT_TORCH += ["store", "checkpoint", "monitor", "data", "comm.group", "comm.threads", "comm.environment"]
-WITHOUT_TORCH += ["mpi", "comm.mpi_group", "comm.numbers", "cli", "training.recipe", "training.schedule", "serve"]
+WITHOUT_TORCH += [
+    "mpi",
+    "comm.mpi_group",
+    "comm.numbers",
+    "cli",
+    "doctor",
+    "training.recipe",
+    "training.schedule",
+    "serve",
+]
 
 
 def modules(folder: Path) -> set[str]:

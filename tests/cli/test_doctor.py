@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from trainfleet.cli import accelerators, machine
-from trainfleet.cli.machine import Finding
 from trainfleet.cli.main import main
+from trainfleet.doctor import accelerators, machine
+from trainfleet.doctor.finding import Finding
 
 FINE = Finding(subject="Python", fact="3.11")
 SLOW = Finding(subject="disk", fact="4 GiB", verdict="note", remedy="Remove runs.")

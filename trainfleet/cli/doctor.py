@@ -11,7 +11,7 @@ import typer
 from trainfleet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainfleet.cli.machine import Finding
+    from trainfleet.doctor.finding import Finding
 
 _MARKS = {"ok": "  ok ", "note": "note ", "no": "  NO "}
 
@@ -58,13 +58,13 @@ def _findings(
     what: list[str], quick: bool, token: str | None, certificates: tuple[Path, Path, Path] | None
 ) -> Iterator[Finding]:
     if what[:1] == ["ports"]:
-        from trainfleet.cli.ports import check_ports
+        from trainfleet.doctor.ports import check_ports
 
         return check_ports([_port(each) for each in what[1:]])
     if len(what) > 1:
         raise ConfigError(f"doctor looks at one address at a time, and was given {len(what)}: {' '.join(what)}.")
     if what:
-        from trainfleet.cli.network import check_peer
+        from trainfleet.doctor.network import check_peer
 
         return check_peer(what[0], token=token, certificates=certificates)
     if token or certificates:
@@ -73,8 +73,9 @@ def _findings(
 
 
 def _of_this_machine(quick: bool) -> Iterator[Finding]:
-    from trainfleet.cli.accelerators import check_torch
-    from trainfleet.cli.machine import CHECKS, Finding
+    from trainfleet.doctor.accelerators import check_torch
+    from trainfleet.doctor.finding import Finding
+    from trainfleet.doctor.machine import CHECKS
 
     for check in CHECKS if quick else (*CHECKS, check_torch):
         try:

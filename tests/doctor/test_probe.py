@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from trainfleet.cli.probe import try_programs
+from trainfleet.doctor.probe import try_programs
 
 SHORT = timedelta(seconds=1)
 LONG = timedelta(seconds=30)
@@ -49,7 +49,7 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path):
     note = tmp_path / "pid"
     child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     program = (
-        "from datetime import timedelta; from trainfleet.cli.probe import try_programs\n"
+        "from datetime import timedelta; from trainfleet.doctor.probe import try_programs\n"
         f"try_programs([{child!r}], deadline=timedelta(seconds=1))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from trainfleet.cli import accelerators
-from trainfleet.cli.probe import Tried
 from trainfleet.deps import installed
+from trainfleet.doctor import accelerators
+from trainfleet.doctor.probe import Tried
 
 NEW = "2.13.0+cpu"
 

@@ -12,8 +12,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from certificates import issue
 
-from trainfleet.cli import network
 from trainfleet.cli.main import main
+from trainfleet.doctor import network
 from trainfleet.net import hello
 from trainfleet.net.credentials import Credentials
 from trainfleet.net.link import Link

@@ -12,8 +12,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainfleet.cli.machine import Finding
 from trainfleet.deps import installed
+from trainfleet.doctor.finding import Finding
 from trainfleet.errors import ConfigError, NotAdmitted, PeerError, TrainfleetError
 
 if TYPE_CHECKING:

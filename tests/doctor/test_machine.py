@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from trainfleet.cli import machine
-from trainfleet.cli.machine import CHECKS, GIB
+from trainfleet.doctor import machine
+from trainfleet.doctor.machine import CHECKS, GIB
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

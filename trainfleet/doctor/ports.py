@@ -6,7 +6,7 @@ import errno
 import socket
 from collections.abc import Iterator, Sequence
 
-from trainfleet.cli.machine import Finding
+from trainfleet.doctor.finding import Finding
 from trainfleet.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from trainfleet.cli.machine import Finding
-from trainfleet.cli.probe import try_programs
 from trainfleet.deps import installed
+from trainfleet.doctor.finding import Finding
+from trainfleet.doctor.probe import try_programs
 
 TESTED = ("2.13",)
 OLDEST = (2, 11)

@@ -10,28 +10,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from trainfleet.deps import installed
+from trainfleet.doctor.finding import Finding
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """What is so, whether that is well, and what to do if not."""
-
-    subject: str
-    fact: str
-    verdict: Literal["ok", "note", "no"] = "ok"
-    """`note`: it works, but not as well as it could; `no`: something does not work."""
-    remedy: str = ""
-    exit_code: int = 1
-    """Of the command, where the verdict is `no`."""
 
 
 Check = Callable[[], Iterator[Finding]]

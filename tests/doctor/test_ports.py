@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from trainfleet.cli import ports
 from trainfleet.cli.main import main
+from trainfleet.doctor import ports
 
 
 def doctor(capsys, *arguments: str) -> tuple[int, list[dict[str, str]]]:

@@ -1,0 +1,19 @@
+"""What a check found: a fact, whether that is well, and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What is so, whether that is well, and what to do if not."""
+
+    subject: str
+    fact: str
+    verdict: Literal["ok", "note", "no"] = "ok"
+    """`note`: it works, but not as well as it could; `no`: something does not work."""
+    remedy: str = ""
+    exit_code: int = 1
+    """Of the command, where the verdict is `no`."""
