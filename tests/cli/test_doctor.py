@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from trainfleet.cli import doctor as cli
 from trainfleet.cli.main import main
-from trainfleet.doctor import accelerators, machine
+from trainfleet.doctor import examination
 from trainfleet.doctor.finding import Finding
 
 FINE = Finding(subject="Python", fact="3.11")
@@ -14,8 +15,7 @@ BROKEN = Finding(subject="loopback", fact="closed", verdict="no", remedy="Open i
 
 
 def doctor(monkeypatch, capsys, *findings, options=()) -> tuple[int, str]:
-    monkeypatch.setattr(machine, "CHECKS", (lambda: iter(findings),))
-    monkeypatch.setattr(accelerators, "check_torch", lambda: iter(()))
+    monkeypatch.setattr(examination, "examine_machine", lambda quick: iter(findings))
     with pytest.raises(SystemExit) as ended:
         main(["doctor", *options])
     return int(ended.value.code or 0), capsys.readouterr().out
@@ -34,15 +34,17 @@ def test_programs_get_json(monkeypatch, capsys):
     assert [finding["verdict"] for finding in json.loads(said)] == ["ok", "no"]
 
 
-def test_a_check_that_fails_itself_does_not_hide_the_others(monkeypatch, capsys):
-    def check_moon():
-        raise PermissionError("not allowed")
-        yield
+def test_what_will_work_is_told_apart_and_decides_nothing(monkeypatch, capsys):
+    rows = [Finding(subject=name, fact="", verdict=how, outlook=True) for name, how in (("JAX", "off"), ("GPUs", "no"))]
+    code, said = doctor(monkeypatch, capsys, FINE, *rows)
+    assert code == 0 and said.count("What will work here:") == 1 and said.index("Python") < said.index("What will")
+    assert "  -   JAX" in said and "  NO  GPUs" in said and said.endswith("Everything that was tried works.\n")
 
-    monkeypatch.setattr(accelerators, "check_torch", lambda: iter(()))
-    monkeypatch.setattr(machine, "CHECKS", (check_moon, lambda: iter([FINE])))
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "note  moon" in said and "PermissionError: not allowed" in said and "Python" in said
+
+def test_a_pipe_gets_no_colours(monkeypatch, capsys):
+    assert "\x1b" not in doctor(monkeypatch, capsys, FINE, SLOW, BROKEN)[1]
+
+
+@pytest.mark.parametrize(("what", "run"), [("cpu-0:7700", False), ("ports", False), ("runs/never", True), ("{}", True)])
+def test_a_folder_is_a_run_and_an_address_is_none(what, run, tmp_path):
+    assert cli._is_run([what.format(tmp_path)]) is run

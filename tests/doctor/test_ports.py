@@ -19,8 +19,8 @@ def doctor(capsys, *arguments: str) -> tuple[int, list[dict[str, str]]]:
 def test_the_usual_ports_are_looked_at_and_free_ones_are_named(capsys):
     code, found = doctor(capsys)
     assert code == 0, "a usual port in use is a note"
-    assert [each["subject"] for each in found] == ["port 7700", "port 29500", "free"]
-    assert "feed" in found[0]["fact"] and "rendezvous" in found[1]["fact"]
+    assert [each["subject"] for each in found] == ["port 7700", "port 7800", "port 29500", "free"]
+    assert "feed" in found[0]["fact"] and "rendezvous" in found[2]["fact"]
 
 
 def test_a_chosen_port_is_free_on_every_interface(capsys):
@@ -63,3 +63,14 @@ def test_what_is_no_port_is_refused(capsys, word):
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "ports", "--", word])
     assert ended.value.code == 2 and "no port" in capsys.readouterr().err
+
+
+def test_the_usual_ports_are_one_line_while_they_are_free_and_told_one_by_one_else(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (free,) = ports.free_ports(1)
+        monkeypatch.setattr(ports, "usual_ports", lambda: {port: "feed", free: "rendezvous"})
+        (taken,) = ports.check_usual_ports()
+    assert taken.verdict == "note" and f"(process {os.getpid()}) has it" in taken.fact and "(feed)" in taken.fact
+    (all_free,) = ports.check_usual_ports()
+    assert all_free.verdict == "ok" and f"{port} (feed), {free} (rendezvous) are free" in all_free.fact

@@ -13,45 +13,56 @@ from trainfleet.errors import ConfigError
 if TYPE_CHECKING:
     from trainfleet.doctor.finding import Finding
 
-_MARKS = {"ok": "  ok ", "note": "note ", "no": "  NO "}
+_MARKS = {"ok": "  ok ", "note": "note ", "no": "  NO ", "off": "  -  "}
+_COLOURS = {"ok": "green", "note": "yellow", "no": "red", "off": "bright_black"}
 
 
 def doctor(
     what: list[str] | None = typer.Argument(
         None,
-        help="Another host, by address or token; or `ports` of this one.",
-        metavar="[HOST:PORT|TOKEN|ports [PORT]...]",
+        help="The folder of a run; another host, by address or token; or `ports` of this one. Nothing: this machine.",
+        metavar="[RUN|HOST:PORT|TOKEN|ports [PORT]...]",
     ),
     as_json: bool = typer.Option(False, "--json", help="For programs: a list of findings."),
-    quick: bool = typer.Option(False, "--quick", help="Leave out what needs torch to be loaded."),
+    quick: bool = typer.Option(False, "--quick", help="Leave out what needs torch to be loaded, and what takes long."),
     token: str | None = typer.Option(None, "--token", help="For HOST:PORT: what it printed, or a file that holds it."),
     ca: Path | None = typer.Option(None, "--ca", help="For HOST:PORT with certificates: the CA, as PEM."),
     certificate: Path | None = typer.Option(None, "--certificate", help="Ours, as PEM."),
     key: Path | None = typer.Option(None, "--key", help="Its key, as PEM."),
 ) -> None:
-    """Say what works on this machine, and what does not.
+    """Say what works on this machine and what does not; or what limits a run, and what to turn.
 
-    With an address or a token: whether the listener there can be reached and how fast, step by step. With `ports`:
-    which are free here. Ends with 1 if something that a run needs does not work; where a step to another host fails,
-    with the code of that error.
+    With the folder of a run: what it loses time and safety by, the most first, each with the setting to change. With
+    an address or a token: whether the listener there can be reached and how fast, step by step. With `ports`: which
+    are free here. Ends with 1 if something that a run needs does not work; where a step to another host fails, with
+    the code of that error.
     """
     certificates = _certificates(ca, certificate, key)
-    findings = []
+    findings: list[Finding] = []
     for finding in _findings(what or [], quick, token, certificates):
-        findings.append(finding)
         if not as_json:
+            if finding.outlook and not any(each.outlook for each in findings):
+                print("\nWhat will work here:")
             _show(finding)
-    wrong = [finding for finding in findings if finding.verdict == "no"]
+        findings.append(finding)
+    wrong = [finding for finding in findings if finding.verdict == "no" and not finding.outlook]
     if as_json:
         import dataclasses
         import json
 
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
-    elif wrong:
-        print(f"\nDoes not work: {', '.join(finding.subject for finding in wrong)}.")
     else:
-        print("\nEverything that was tried works.")
+        print("\n" + _last_line(findings, wrong, of_a_run=_is_run(what or [])))
     raise typer.Exit(wrong[0].exit_code if wrong else 0)
+
+
+def _last_line(findings: list[Finding], wrong: list[Finding], *, of_a_run: bool) -> str:
+    told = sum(finding.verdict != "ok" for finding in findings)
+    if of_a_run:
+        return "Turn the first one, run some steps, and ask again." if told else "Nothing stands out."
+    if wrong:
+        return f"Does not work: {', '.join(dict.fromkeys(finding.subject for finding in wrong))}."
+    return "Everything that was tried works."
 
 
 def _findings(
@@ -63,26 +74,24 @@ def _findings(
         return check_ports([_port(each) for each in what[1:]])
     if len(what) > 1:
         raise ConfigError(f"doctor looks at one address at a time, and was given {len(what)}: {' '.join(what)}.")
+    if _is_run(what):
+        from trainfleet.doctor.run import examine_run
+
+        return examine_run(Path(what[0]))
     if what:
         from trainfleet.doctor.network import check_peer
 
         return check_peer(what[0], token=token, certificates=certificates)
     if token or certificates:
         raise ConfigError("A token or certificates are for an address: trainfleet doctor HOST:PORT --token ...")
-    return _of_this_machine(quick)
+    from trainfleet.doctor.examination import examine_machine
+
+    return examine_machine(quick=quick)
 
 
-def _of_this_machine(quick: bool) -> Iterator[Finding]:
-    from trainfleet.doctor.accelerators import check_torch
-    from trainfleet.doctor.finding import Finding
-    from trainfleet.doctor.machine import CHECKS
-
-    for check in CHECKS if quick else (*CHECKS, check_torch):
-        try:
-            yield from check()
-        except Exception as error:  # one check that fails must not hide the others
-            fact = f"could not be checked: {type(error).__name__}: {error}"
-            yield Finding(subject=check.__name__.removeprefix("check_"), fact=fact, verdict="note")
+def _is_run(what: list[str]) -> bool:
+    """A folder, or what can only be meant as one: addresses have no slash, tokens neither."""
+    return len(what) == 1 and (Path(what[0]).expanduser().is_dir() or "/" in what[0].rstrip("/"))
 
 
 def _port(text: str) -> int:
@@ -100,6 +109,8 @@ def _certificates(ca: Path | None, certificate: Path | None, key: Path | None) -
 
 
 def _show(finding: Finding) -> None:
-    print(f"{_MARKS[finding.verdict]} {finding.subject:<14} {finding.fact}", flush=True)
+    width = 24 if finding.outlook else 14
+    mark = typer.style(_MARKS[finding.verdict], fg=_COLOURS[finding.verdict], bold=finding.verdict == "no")
+    typer.echo(f"{mark} {finding.subject:<{width}} {finding.fact}")  # which takes colours away in a pipe
     if finding.remedy:
-        print(f"{'':20} -> {finding.remedy}", flush=True)
+        typer.echo(f"{'':{width + 6}} -> {finding.remedy}")

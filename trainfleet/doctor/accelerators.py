@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import tempfile
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from trainfleet.deps import installed
 from trainfleet.doctor.finding import Finding
-from trainfleet.doctor.probe import try_programs
+from trainfleet.doctor.probe import Tried, trying
+from trainfleet.doctor.torch_trial import PROGRAM
 
 TESTED = ("2.13",)
 OLDEST = (2, 11)
-DEADLINE = timedelta(seconds=90)  # two cold imports of torch on a busy host take half of it
-
-_ABOUT_TORCH = """
-import json, torch
-about = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "nccl": None, "gloo": False}
-if torch.distributed.is_available():
-    about["gloo"] = torch.distributed.is_gloo_available()
-    if torch.distributed.is_nccl_available():
-        about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-if torch.cuda.is_available():
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        about["gpus"].append(f"{p.name}, {p.total_memory / 2**30:.0f} GiB")
-print(json.dumps(about))
-"""
-
-_COLLECTIVE = """
-import datetime, time, torch, torch.distributed as dist
-backend, rank, size = {backend!r}, {rank}, {size}
-device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-if backend == "nccl":
-    torch.cuda.set_device(device)
-dist.init_process_group(
-    backend, init_method={meeting!r}, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=45)
-)
-numbers = torch.full((1000,), float(rank + 1), device=device)
-dist.all_reduce(numbers)
-if not bool((numbers == size * (size + 1) / 2).all()):
-    raise SystemExit("the sum over the ranks is wrong")
-start = time.perf_counter()
-dist.all_reduce(numbers)
-print(numbers[0].item() and f"{{(time.perf_counter() - start) * 1000:.2f}} ms for 1,000 numbers")
-dist.destroy_process_group()
-"""
+DEADLINE = timedelta(seconds=90)
+"""For all that torch tries: its import alone takes half of that on a busy host with a cold disk."""
 
 
-def check_torch() -> Iterator[Finding]:
+def torch_tried(*, quick: bool = False) -> AbstractContextManager[Callable[[], list[Tried]]]:
+    """Begin to try torch, in a process of its own: its import takes seconds, in which other things are looked at.
+
+    Nothing is begun where it is not installed, or if `quick`.
+    """
+    return trying([] if quick or installed("torch") is None else [PROGRAM], deadline=DEADLINE)
+
+
+def check_torch(tried: list[Tried], variables: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Torch, GPUs, NCCL, gloo, and a collective that was really made."""
-    if installed("torch") is None:
+    if not tried:
         yield Finding(
             subject="torch",
             fact="is not installed: configuration, stores and this command work, training does not",
@@ -62,22 +41,37 @@ def check_torch() -> Iterator[Finding]:
             remedy='pip install "trainfleet[torch]"',
         )
         return
-    (tried,) = try_programs([_ABOUT_TORCH], deadline=DEADLINE)
-    if tried.returncode != 0:
-        why = tried.error or ("it took too long" if tried.returncode is None else f"exit code {tried.returncode}")
-        remedy = "Install torch again; a mixture of CUDA libraries of several builds is the usual cause."
-        yield Finding(subject="torch", fact=f"does not load: {why}", verdict="no", remedy=remedy)
+    facts = _facts(tried[0].output)
+    if not facts:
+        remedy = 'Install it again: pip install --force-reinstall "trainfleet[torch]". A mixture of CUDA libraries of '
+        remedy += "several builds is the usual cause, a file named torch.py where you stand the second."
+        fact = f"does not load: {_ending(tried[0])}"
+        yield Finding(subject="torch", fact=fact, verdict="no", remedy=remedy)
         return
-    about = json.loads(tried.output.splitlines()[-1])
+    about, collectives = facts[0], [fact for fact in facts if "backend" in fact]
     yield _version(about["version"])
-    yield from _gpus(about)
-    if about["gloo"]:
-        yield _collective("gloo", 2)
-    else:
+    yield from _gpus(about, next((fact["gpus"] for fact in facts if "gpus" in fact), []), variables)
+    if not about["gloo"]:
         remedy = "This build of torch has no gloo: CPU ranks cannot meet. Take the build of PyPI or pytorch.org."
         yield Finding(subject="gloo", fact="is missing", verdict="no", remedy=remedy)
-    if about["gpus"] and about["nccl"]:
-        yield _collective("nccl", min(2, len(about["gpus"])))
+    for each in collectives:
+        yield _collective(each)
+    if tried[0].returncode != 0:
+        remedy = "Run it alone to see more: python -X faulthandler -m trainfleet.doctor.torch_trial"
+        yield Finding(subject="torch's trial", fact=f"ended early: {_ending(tried[0])}", verdict="no", remedy=remedy)
+
+
+def _facts(output: str) -> list[dict[str, Any]]:
+    """The lines that torch_trial printed; other lines, which libraries print, are left out."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+
+
+def _ending(tried: Tried) -> str:
+    if tried.returncode is None:
+        return f"no answer in {DEADLINE.seconds} s"
+    code = tried.returncode
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{tried.error} ({how})" if tried.error else how
 
 
 def _version(version: str) -> Finding:
@@ -91,10 +85,11 @@ def _version(version: str) -> Finding:
     return Finding(subject="torch", fact=f"{version}, not tested with this release", verdict="note", remedy=remedy)
 
 
-def _gpus(about: dict[str, Any]) -> Iterator[Finding]:
+def _gpus(about: dict[str, Any], gpus: list[str], variables: Mapping[str, str]) -> Iterator[Finding]:
     driver = nvidia_driver()
-    if about["gpus"]:
-        for number, gpu in enumerate(about["gpus"]):
+    chosen = variables.get("CUDA_VISIBLE_DEVICES")
+    if gpus:
+        for number, gpu in enumerate(gpus):
             yield Finding(subject=f"GPU {number}", fact=gpu)
         yield Finding(subject="CUDA", fact=f"{about['cuda']}, driver {driver or 'of unknown version'}")
         if about["nccl"]:
@@ -107,9 +102,13 @@ def _gpus(about: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             subject="GPU", fact=f"driver {driver} is there, but torch is a CPU build", verdict="no", remedy=remedy
         )
+    elif driver and chosen is not None and not about["count"]:
+        fact = f"driver {driver} is there, but CUDA_VISIBLE_DEVICES={chosen!r} names none of its GPUs"
+        remedy = "unset CUDA_VISIBLE_DEVICES, or name some: CUDA_VISIBLE_DEVICES=0,1. `nvidia-smi -L` lists them."
+        yield Finding(subject="GPU", fact=fact, verdict="no", remedy=remedy)
     elif driver:
-        remedy = "Look at `nvidia-smi`, at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA."
-        fact = f"driver {driver} is there, but torch (CUDA {about['cuda']}) sees no GPU"
+        remedy = "Look at `nvidia-smi`, and whether the driver is new enough for this CUDA."
+        fact = f"driver {driver} is there, but torch (CUDA {about['cuda']}) can use no GPU"
         yield Finding(subject="GPU", fact=fact, verdict="no", remedy=remedy)
     else:
         yield Finding(subject="GPU", fact="none: ranks run on the CPU and meet by gloo")
@@ -124,15 +123,15 @@ def nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | Non
     return match[1] if match else "unknown"
 
 
-def _collective(backend: str, size: int) -> Finding:
-    subject = f"{backend} x {size}"
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        programs = [_COLLECTIVE.format(backend=backend, rank=rank, size=size, meeting=meeting) for rank in range(size)]
-        tried = try_programs(programs, deadline=DEADLINE)
-    if all(one.returncode == 0 for one in tried):
-        return Finding(subject=subject, fact=f"all_reduce works, {tried[0].output.strip()}")
-    why = next((one.error for one in tried if one.returncode), "") or f"no answer in {DEADLINE.seconds} s"
+def _collective(fact: dict[str, Any]) -> Finding:
+    backend = fact["backend"]
+    subject = f"{backend} x {fact['size']}"
+    if "error" not in fact:
+        rate = fact["bytes"] / fact["seconds"]
+        took = f"{fact['bytes'] / 1e6:.1f} MB in {fact['seconds'] * 1000:.1f} ms, {rate / 1e9:.2g} GB/s"
+        return Finding(subject=subject, fact=f"all_reduce works: {took}")
+    if not fact.get("tried", True):
+        return Finding(subject=subject, fact=fact["error"], verdict="note", remedy="trainfleet is tested on Linux.")
     variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME (and NCCL_DEBUG=INFO to see why)"
-    remedy = f"Set {variable} to an interface that works, such as lo or eth0; see docs/troubleshooting.md."
-    return Finding(subject=subject, fact=f"all_reduce fails: {why}", verdict="no", remedy=remedy)
+    remedy = f"Set {variable} to an interface that works, such as lo or eth0, or unset it; see docs/doctor.md."
+    return Finding(subject=subject, fact=f"all_reduce fails: {fact['error']}", verdict="no", remedy=remedy)

@@ -12,8 +12,10 @@ class Finding:
 
     subject: str
     fact: str
-    verdict: Literal["ok", "note", "no"] = "ok"
-    """`note`: it works, but not as well as it could; `no`: something does not work."""
+    verdict: Literal["ok", "note", "no", "off"] = "ok"
+    """`note`: it works, but not as well as it could; `no`: something does not work; `off`: not installed, no fault."""
     remedy: str = ""
     exit_code: int = 1
     """Of the command, where the verdict is `no`."""
+    outlook: bool = False
+    """True where this follows from other findings: a use that will work here, or not."""

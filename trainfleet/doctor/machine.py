@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from trainfleet.deps import installed
+from trainfleet.doctor.container import core_quota, memory_limit, process_limit
 from trainfleet.doctor.finding import Finding
 
 GIB = 1 << 30
-
+FEWEST_FILES = 1024
+"""What a rank with 8 data workers, 64 connections and its checkpoints may need, twice."""
+FEWEST_PROCESSES = 512
+"""Ranks, data workers and their threads count alike."""
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -41,26 +41,42 @@ def check_python() -> Iterator[Finding]:
     )
 
 
-def check_processor() -> Iterator[Finding]:
+def check_processor(variables: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Cores, the quota of a container, and variables that ask for more threads than there are cores."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cores()
+    quota = core_quota()
     limited = quota is not None and quota < usable
+    cores = max(1, int(quota)) if quota is not None and limited else usable
     yield Finding(
         subject="cores",
         fact=f"{usable} usable, {psutil.cpu_count(logical=False) or '?'} physical"
-        + (f", but this container may use {quota:g}" if limited else ""),
+        + (f", but this container may use the time of {quota:g}" if limited else ""),
         verdict="note" if limited else "ok",
-        remedy="Start no more processes than that, with OMP_NUM_THREADS=1." if limited else "",
+        remedy=f"Start no more than {cores} process{'es' * (cores > 1)}, with OMP_NUM_THREADS=1, or raise the limit "
+        "(docker --cpus, resources.limits.cpu of Kubernetes)."
+        if limited
+        else "",
     )
+    for name in _THREADS:
+        value = variables.get(name, "").strip()
+        first = value.split(",")[0]
+        if value and not (first.isdigit() and int(first) > 0):
+            fact = f"{name}={value!r} is no number of threads, and is ignored"
+            yield Finding(subject="threads", fact=fact, verdict="note", remedy=f"unset {name}, or {name}={cores}")
+        elif value and int(first) > cores:
+            fact = f"{name}={value} asks each process for {first} threads on {cores} core{'s' * (cores > 1)}: they "
+            fact += "take turns, and steps become slower than with one"
+            remedy = f"unset {name} (each rank then takes cores / ranks), or export {name}={cores}"
+            yield Finding(subject="threads", fact=fact, verdict="note", remedy=remedy)
 
 
 def check_memory() -> Iterator[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    limit = memory_limit()
     free = min(memory.available, limit or memory.available)
     yield Finding(
         subject="memory",
@@ -80,43 +96,49 @@ def check_memory() -> Iterator[Finding]:
         )
 
 
-def check_disk() -> Iterator[Finding]:
-    folder = Path.cwd()
-    free = shutil.disk_usage(folder).free
-    writable = os.access(folder, os.W_OK)
-    remedy = "" if free >= 5 * GIB else "Checkpoints need room: remove old runs, or name another `folder`."
-    yield Finding(
-        subject="disk",
-        fact=f"{_gib(free)} GiB free here" + ("" if writable else ", but this folder cannot be written"),
-        verdict="no" if free < GIB // 4 or not writable else "ok" if free >= 5 * GIB else "note",
-        remedy=remedy if writable else "Change to a folder of yours, or set `folder` to one.",
-    )
-
-
 def check_limits() -> Iterator[Finding]:
+    """Of open files and of processes, by ulimit and by the container."""
     try:
         import resource
-    except ImportError:  # Windows has no such limit
+    except ImportError:  # Windows has no such limits
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft >= 1024 or soft == resource.RLIM_INFINITY
+    files = _unlimited(soft)
+    could = hard if _unlimited(hard) is not None else "any number"
+    enough = files is None or files >= FEWEST_FILES
     yield Finding(
         subject="open files",
-        fact=f"at most {soft} a process (could be {hard})",
+        fact=f"at most {files or 'any number'} a process" + ("" if enough else f" (could be {could})"),
         verdict="ok" if enough else "note",
-        remedy="" if enough else "ulimit -n 4096, before many data workers or ranks.",
+        remedy=""
+        if enough
+        else f"ulimit -n {min(_unlimited(hard) or 65536, 65536)}, before `trainfleet train`: ranks, data workers and "
+        "connections each hold some. For good: LimitNOFILE of the service, or /etc/security/limits.conf.",
+    )
+    limits = [_unlimited(resource.getrlimit(resource.RLIMIT_NPROC)[0]), process_limit()]
+    processes = min((limit for limit in limits if limit is not None), default=None)
+    few = processes is not None and processes < FEWEST_PROCESSES
+    yield Finding(
+        subject="processes",
+        fact=f"at most {processes or 'any number'}, threads included",
+        verdict="note" if few else "ok",
+        remedy=f"ulimit -u {8 * FEWEST_PROCESSES}, or --pids-limit of the container: a rank alone has about 20 threads."
+        if few
+        else "",
     )
 
 
-def check_network() -> Iterator[Finding]:
+def check_network(variables: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Loopback, our own name, and the interfaces that variables name."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
         yield Finding(subject="loopback", fact=f"a port opens and answers ({port})")
     except OSError as error:
-        remedy = "Ranks of one host meet there; look at the firewall and at `ip link show lo`."
+        remedy = "Ranks of one host meet there. `ip link set lo up` (root), then look at the firewall."
         yield Finding(subject="loopback", fact=f"no port of 127.0.0.1 answers: {error}", verdict="no", remedy=remedy)
+    yield from _interface_variables(variables)
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -131,78 +153,27 @@ def check_network() -> Iterator[Finding]:
         )
 
 
-def check_clock() -> Iterator[Finding]:
-    """Deadlines use the monotonic clock, checkpoints and logs the wall clock; both must agree on a short time."""
-    walls, ticks = [time.time()], [time.monotonic()]
-    for _ in range(10):
-        time.sleep(0.005)
-        walls.append(time.time())
-        ticks.append(time.monotonic())
-    steady = all(b > a for a, b in pairwise(ticks))
-    drift = abs((walls[-1] - walls[0]) - (ticks[-1] - ticks[0]))
-    yield Finding(
-        subject="clock",
-        fact=("steady" if steady else "the monotonic clock stands still") + f", {drift * 1000:.1f} ms apart in 50 ms",
-        verdict="no" if not steady else "ok" if drift < 0.02 else "note",
-        remedy="" if steady and drift < 0.02 else "The clock is being set right now; look at chrony, ntpd or the host.",
-    )
+def _interface_variables(variables: Mapping[str, str]) -> Iterator[Finding]:
+    import psutil
+
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        there = psutil.net_if_addrs()
+        asked = [each.lstrip("=") for each in variables.get(name, "").split(",") if each and each[0] != "^"]
+        prefixes = name.startswith("NCCL") and not variables.get(name, "").startswith("=")  # it takes `eth` for eth0
+        missing = [each for each in asked if each not in there and not (prefixes and _begins(each, there))]
+        if missing:
+            fact = f"{name} names {', '.join(missing)}, which this host does not have"
+            remedy = f"unset {name}, or name one of {', '.join(there)}."
+            yield Finding(subject="interface", fact=fact, verdict="no", remedy=remedy)
 
 
-def check_extras() -> Iterator[Finding]:
-    """What the optional parts of this installation need, as its own metadata tells."""
-    try:
-        requirements = metadata.requires("trainfleet") or []
-    except metadata.PackageNotFoundError:
-        yield Finding(subject="extras", fact="unknown: trainfleet is not installed, only imported", verdict="note")
-        return
-    extras: dict[str, list[str]] = {}
-    for requirement in requirements:
-        match = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", requirement)
-        if match and match[2] not in ("torch", "test", "check", "bench"):
-            extras.setdefault(match[2], []).append(match[1])
-    for extra, names in extras.items():
-        missing = [name for name in names if installed(name) is None and _version(name) is None]
-        versions = [f"{name} {_version(name) or installed(name)}" for name in names if name not in missing]
-        yield Finding(
-            subject=f"extra {extra}",
-            fact=", ".join([*versions, *(f"{name} is missing" for name in missing)]),
-            verdict="note" if missing else "ok",
-            remedy=f'pip install "trainfleet[{extra}]"' if missing else "",
-        )
+def _begins(prefix: str, names: Mapping[str, object]) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
-CHECKS: tuple[Check, ...] = (
-    check_python,
-    check_processor,
-    check_memory,
-    check_disk,
-    check_limits,
-    check_network,
-    check_clock,
-    check_extras,
-)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cgroup_cores() -> float | None:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return float(quota) / float(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # `max`, or no such limit
-        return None
+def _unlimited(limit: int) -> int | None:
+    """None for what stands for no limit."""
+    return None if limit < 0 or limit >= 1 << 62 else limit
 
 
 def _gib(count: float) -> str:

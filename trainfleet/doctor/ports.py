@@ -9,13 +9,30 @@ from collections.abc import Iterator, Sequence
 from trainfleet.doctor.finding import Finding
 from trainfleet.errors import ConfigError
 
+SERVE = 7800
+"""Of `trainfleet gpu-service`, unless told otherwise."""
 
-def check_ports(chosen: Sequence[int]) -> Iterator[Finding]:
-    """The ports that trainfleet uses unless told otherwise, or those that are chosen, each with its interfaces."""
+
+def check_usual_ports() -> Iterator[Finding]:
+    """Those that trainfleet uses unless told otherwise: one line where all are free, else who has which."""
+    usual = usual_ports()
+    taken = [found for port, use in usual.items() if (found := _examine(port, use, by_name=False)).verdict != "ok"]
+    yield from taken
+    if not taken:
+        yield Finding(subject="ports", fact=f"{', '.join(f'{port} ({use})' for port, use in usual.items())} are free")
+
+
+def usual_ports() -> dict[int, str]:
+    """Default ports, and what listens there."""
     from trainfleet.comm.environment import DEFAULT_PORT as RENDEZVOUS
     from trainfleet.net.address import DEFAULT_PORT as FEED
 
-    usual = {FEED: "feed", RENDEZVOUS: "rendezvous"}
+    return {FEED: "feed", SERVE: "gpu-service", RENDEZVOUS: "rendezvous"}
+
+
+def check_ports(chosen: Sequence[int]) -> Iterator[Finding]:
+    """The usual ports, or those that are chosen, each with its interfaces."""
+    usual = usual_ports()
     for port in chosen or usual:
         if not 1 <= port <= 65535:
             raise ConfigError(f"{port} is no port; ports go from 1 to 65535.")

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,10 +31,32 @@ class Tried:
 
 def try_programs(programs: Sequence[str], *, deadline: timedelta) -> list[Tried]:
     """Run Python programs side by side; those that are late, or whose peer failed, are killed."""
+    with trying(programs, deadline=deadline) as results:
+        return results()
+
+
+@contextmanager
+def trying(programs: Sequence[str], *, deadline: timedelta) -> Iterator[Callable[[], list[Tried]]]:
+    """Start Python programs side by side, and give what waits for them: the caller does something else meanwhile.
+
+    The deadline counts from here. None of them is left when this ends, also of those that nobody waited for.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         outputs = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(programs))]
         processes: list[subprocess.Popen[bytes]] = []
+        until = time.monotonic() + deadline.total_seconds()
+
+        def results() -> list[Tried]:
+            codes = _wait(processes, until)
+            for process in processes:
+                _kill(process)
+            texts = [(out.read_text(errors="replace"), err.read_text(errors="replace")) for out, err in outputs]
+            return [
+                Tried(returncode=code, output=out, error=(err.strip().splitlines() or [""])[-1])
+                for code, (out, err) in zip(codes, texts)
+            ]
+
         try:
             for program, (out, err) in zip(programs, outputs):
                 alarm = _ALARM.format(seconds=int(deadline.total_seconds()) + 1)
@@ -47,15 +69,10 @@ def try_programs(programs: Sequence[str], *, deadline: timedelta) -> list[Tried]
                         start_new_session=True,
                     )
                 )
-            codes = _wait(processes, time.monotonic() + deadline.total_seconds())
+            yield results
         finally:
             for process in processes:
                 _kill(process)
-        texts = [(out.read_text(errors="replace"), err.read_text(errors="replace")) for out, err in outputs]
-    return [
-        Tried(returncode=code, output=out, error=(err.strip().splitlines() or [""])[-1])
-        for code, (out, err) in zip(codes, texts)
-    ]
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> list[int | None]:
