@@ -7,6 +7,7 @@ import pytest
 import yaml
 from planted_run import BEGAN, HEALTHY, RECIPE, STEP_SECONDS, ended, healthy_events, started, step, write_run
 
+from trainfleet.doctor.run import summary
 from trainfleet.doctor.run.summary import summarize
 from trainfleet.errors import ConfigError
 from trainfleet.events import Restored
@@ -91,3 +92,12 @@ def test_the_memory_of_a_host_is_shared_by_its_ranks(tmp_path):
     assert summarize(folder).capacity_bytes == 8_000_000_000
     (folder / "environment.json").write_text(json.dumps([{"device": "cuda:0", "memory_bytes": 1, "world_size": 2}]))
     assert summarize(folder).capacity_bytes is None, "a GPU's is not the host's"
+
+
+def test_of_a_long_run_some_steps_are_looked_at_and_every_one_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "MOST_STEPS", 100)
+    events = healthy_events(lambda number: {"loss": float("nan")} if number == 123 else {}, steps=1000)
+    run = summarize(write_run(tmp_path / "run", [started(steps=1000), *events, ended(1000)]))
+    assert run.one_of == 10 and 70 <= len(run.steps) <= 130
+    assert run.last_step == 1000 and 123 in [row["step"] for row in run.steps]
+    assert run.share("backward") == pytest.approx(HEALTHY["backward"] / sum(HEALTHY.values()))

@@ -63,8 +63,10 @@ def restarts(run: Summary) -> Iterator[Advice]:
     if (run.starts < 2 and not run.undone) or lost < LOST * (lost + kept):
         return
     share = lost / (lost + kept)
-    fact = f"{len(run.undone)} steps ({100 * share:.0f}% of the work) were lost in {run.starts - 1} restarts and in "
-    fact += f"rollbacks: goodput is {100 * (1 - share):.0f}%"
+    fact = (
+        f"{run.one_of * len(run.undone)} steps ({100 * share:.0f}% of the work) were lost in {run.starts - 1} restarts "
+    )
+    fact += f"and in rollbacks: goodput is {100 * (1 - share):.0f}%"
     every = run.setting("checkpoint.every")
     best = best_interval(run)
     remedy = "Find out why it restarts (failure.txt, the launcher's output)"
@@ -77,8 +79,8 @@ def interval_seconds(save: float, between_failures: float) -> float:
     """How long to compute between two saves that block for `save` seconds, to lose least time by both.
 
     W = sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + C / 18M) - C, or M where C >= 2M: J. T. Daly, A higher order estimate of the
-    optimum checkpoint interval for restart dumps, Future Generation Computer Systems 22 (2006); its first term is J. W. Young's, CACM 17
-    (1974).
+    optimum checkpoint interval for restart dumps, Future Generation Computer Systems 22 (2006); its first term is that
+    of J. W. Young, Communications of the ACM 17 (1974).
     """
     if save >= 2 * between_failures:
         return between_failures
@@ -97,7 +99,7 @@ def best_interval(run: Summary) -> int | None:
 
 def _between_failures(run: Summary) -> float:
     worked = sum(row["seconds"] + row.get("between_seconds", 0.0) for row in (*run.steps, *run.undone))
-    return worked / (run.starts - 1) if run.starts > 1 else DAY
+    return run.one_of * worked / (run.starts - 1) if run.starts > 1 else DAY
 
 
 def _seconds_a_step(run: Summary) -> float:
@@ -137,7 +139,7 @@ def no_checkpoints(run: Summary) -> Iterator[Advice]:
     every = run.setting("checkpoint.every")
     whole = [kept for kept in run.checkpoints if kept.problem is None]
     broken = [kept for kept in run.checkpoints if kept.problem is not None]
-    taken = sum(row["seconds"] for row in run.steps)
+    taken = run.one_of * sum(row["seconds"] for row in run.steps)
     failed = [row for row in run.failed_saves if not run.saves or row["step"] > run.saves[-1]["step"]]
     if failed:
         fact = f"the checkpoint of step {failed[-1]['step']} could not be saved: {failed[-1]['reason'].rstrip('.')}"
@@ -146,7 +148,7 @@ def no_checkpoints(run: Summary) -> Iterator[Advice]:
     elif "checkpoint" in run.recipe and every is None:
         if taken > SHORT_RUN_SECONDS:
             fact = f"none is written (checkpoint.every=null), and {readable_duration(taken)} of work would be lost"
-            best = max(1, round(600 / max(1e-9, taken / len(run.steps))))
+            best = max(1, round(600 / max(1e-9, run.step_seconds)))
             yield advice("checkpoints", fact, f"checkpoint.every={best}: every ten minutes", gain=0.5)
     elif not whole and run.saves:
         fact = f"{len(run.saves)} were saved, but none of them is there and whole now"

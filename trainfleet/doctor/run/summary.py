@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +17,18 @@ from typing import Any
 import yaml
 
 from trainfleet.errors import CheckpointError, ConfigError, StoreError
-from trainfleet.monitor.jsonl import read_rows
+from trainfleet.monitor.history import Standing, is_run, standing
 from trainfleet.monitor.run_folder import RunFolder
+from trainfleet.store import holder
 
 Row = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
 _DEGREES = ("zero", "dp_replicate", "dp_shard", "tp", "cp", "pp")
+MOST_STEPS = 20_000
+"""That are held in memory, 2 kB each; of a longer run some are taken by lot."""
+MOST_ROWS = 2_000
+"""Of the newest reports of ranks, and of anomalies."""
 SILENT_SECONDS = 120.0
 """A run whose folder nobody holds, and that said nothing for so long, is dead; on another host holds cannot be seen."""
 
@@ -52,6 +56,8 @@ class Summary:
     capacity_bytes: int | None = None
     """Memory that one rank may take: of its GPU, or its share of the host."""
     starts: int = 1
+    one_of: int = 1
+    """Of a long run one of so many steps is looked at, by lot."""
     steps: Sequence[Row] = ()
     """StepEnded of the steps that stand, in order."""
     undone: Sequence[Row] = ()
@@ -105,8 +111,9 @@ class Summary:
             phases.update(row.get("phases") or _old_phases(row))
         if self.warm and not any(row.get("phases") for row in self.warm):
             first = self.warm[0]["step"]
-            phases["evaluation"] += sum(row.get("seconds", 0.0) for row in self.evaluations if row["step"] >= first)
-            phases["checkpoint"] += sum(row.get("seconds", 0.0) for row in self.saves if row["step"] >= first)
+            for phase, rows in (("evaluation", self.evaluations), ("checkpoint", self.saves)):
+                seconds = sum(row.get("seconds", 0.0) for row in rows if row["step"] >= first)
+                phases[phase] += seconds / self.one_of  # as these are all of them
         return {phase: seconds for phase, seconds in phases.items() if seconds > 0}
 
     def share(self, *phases: str) -> float:
@@ -142,24 +149,17 @@ def _old_phases(row: Row) -> dict[str, float]:
     return {"data": data, "computing": row["seconds"] - data}
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a run wrote there."""
-    files = RunFolder(folder)
-    return files.metrics.exists() or files.recipe.exists() or files.checkpoints.is_dir()
-
-
 def summarize(folder: Path, *, now: float | None = None) -> Summary:
     """Read a run's folder; ConfigError where there is none. `now` is in seconds since 1970."""
     if not folder.is_dir() or not is_run(folder):
         raise ConfigError(
-            f"{folder} is no folder of a run: there is no metrics.jsonl, recipe.yaml or checkpoints in it.",
+            f"{folder} is no folder of a run: there is no metrics.jsonl or recipe.yaml in it.",
             hint="Name the `folder` of the recipe, such as runs/gpt; another host is HOST:PORT.",
         )
     files = RunFolder(folder)
-    read = _Reading()
-    if files.metrics.exists():
-        for row in read_rows(files.metrics):
-            read.add(row)
+    found = standing(files.metrics) if files.metrics.exists() else None
+    one_of = -(-found.num_steps // MOST_STEPS) if found else 1
+    read = _Reading(found, one_of=max(1, one_of))
     environment = _last_environment(files.environment)
     world_size = int(read.start.get("world_size") or environment.get("world_size") or 1)
     device = str(environment.get("device", "cpu"))
@@ -174,17 +174,18 @@ def summarize(folder: Path, *, now: float | None = None) -> Summary:
         device=device,
         capacity_bytes=_capacity(environment, read.reports, device),
         starts=max(1, read.num_starts),
+        one_of=read.one_of,
         steps=read.steps,
         undone=read.undone,
         warm=read.warm(),
         evaluations=read.evaluations,
         saves=read.saves,
         failed_saves=read.failed_saves,
-        anomalies=read.anomalies,
-        reports=read.reports,
+        anomalies=tuple(read.anomalies),
+        reports=tuple(read.reports),
         skipped_samples=read.skipped_samples,
         ended=read.ended,
-        is_alive=read.ended is None and (_is_held(folder) or quiet_for < max(SILENT_SECONDS, 20 * usual)),
+        is_alive=read.ended is None and (holder(folder) is not None or quiet_for < max(SILENT_SECONDS, 20 * usual)),
         heard_at=read.heard_at,
         failure=_text(folder / "failure.txt"),
         checkpoints=_checkpoints(str(recipe.get("checkpoint", {}).get("folder") or folder)),
@@ -193,9 +194,10 @@ def summarize(folder: Path, *, now: float | None = None) -> Summary:
 
 
 class _Reading:
-    """The rows of metrics.jsonl, sorted as they come; steps that a restart or a rollback undid are set apart."""
+    """The rows of metrics.jsonl, sorted; steps that a restart or a rollback undid are set apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: Standing | None, *, one_of: int) -> None:
+        self.one_of = one_of
         self.start: Row = {}
         self.num_starts = 0
         self.steps: list[Row] = []
@@ -203,58 +205,51 @@ class _Reading:
         self.evaluations: list[Row] = []
         self.saves: list[Row] = []
         self.failed_saves: list[Row] = []
-        self.anomalies: list[Row] = []
-        self.reports: list[Row] = []
+        self.anomalies: deque[Row] = deque(maxlen=MOST_ROWS)
+        self.reports: deque[Row] = deque(maxlen=MOST_ROWS)
         self.skipped_samples = 0
         self.ended: Row | None = None
         self.heard_at = 0.0
         self._firsts: set[int] = set()
         self._starting = True
+        self._sorted: dict[str, list[Row] | deque[Row]] = {
+            "Evaluated": self.evaluations,
+            "CheckpointSaved": self.saves,
+            "CheckpointFailed": self.failed_saves,
+            "AnomalySeen": self.anomalies,
+            "RanksReported": self.reports,
+        }
+        last: Row = {}
+        for row, stands in found.rows() if found else ():
+            try:
+                self._add(row, stands)
+            except (KeyError, TypeError, ValueError):  # torn, or of a version that lacks what this one needs
+                continue
+            last = row if stands and row["event"] == "StepEnded" else last
+        if last and (not self.steps or self.steps[-1] is not last):
+            self.steps.append(last)  # whatever the lot said
 
-    def add(self, row: Row) -> None:
-        try:
-            self._add(row)
-        except (KeyError, TypeError, ValueError):  # a line of another version, which lacks what this one needs
-            return
-
-    def _add(self, row: Row) -> None:
-        self.heard_at = max(self.heard_at, float(row.get("time", 0.0)))
+    def _add(self, row: Row, stands: bool) -> None:
         kind = row["event"]
+        self.heard_at = max(self.heard_at, float(row.get("time", 0.0)))
         if kind == "RunStarted":
             self.start, self.ended, self._starting = row, None, True
             self.num_starts += 1
-            self._go_back(int(row.get("start_step", 0)))
-        elif kind == "Restored":
-            self._go_back(int(row["step"]))
         elif kind == "StepEnded":
-            step, _ = int(row["step"]), (float(row["seconds"]), float(row["loss"]))
-            self._go_back(step - 1)
-            self.steps.append(row)
-            if self._starting:
+            step, _, loss = int(row["step"]), float(row["seconds"]), float(row["loss"])
+            if self._starting and stands:
                 self._firsts.add(step)
                 self._starting = False
-        elif kind == "Evaluated":
-            self.evaluations.append(row)
-        elif kind == "CheckpointSaved":
-            self.saves.append(row)
-        elif kind == "CheckpointFailed":
-            self.failed_saves.append(row)
-        elif kind == "AnomalySeen":
-            self.anomalies.append(row)
-        elif kind == "RanksReported":
-            self.reports.append(row)
+            # Not each so manyeth: evaluations come at such, and would count for all or for none.
+            if self.one_of == 1 or step * 2_654_435_761 % 2**32 < 2**32 // self.one_of or not math.isfinite(loss):
+                (self.steps if stands else self.undone).append(row)
         elif kind == "SamplesSkipped":
             self.skipped_samples = max(self.skipped_samples, int(row["count"]))
         elif kind == "RunEnded" and not row.get("lost_peer"):
             self.ended = row
-
-    def _go_back(self, step: int) -> None:
-        """What came after `step` was not to be."""
-        while self.steps and self.steps[-1]["step"] > step:
-            self.undone.append(self.steps.pop())
-        for kept in (self.evaluations, self.saves):
-            while kept and kept[-1].get("step", 0) > step:
-                kept.pop()
+        elif kind in self._sorted and (stands or kind == "AnomalySeen"):
+            int(row["step"])
+            self._sorted[kind].append(row)
 
     def warm(self) -> list[Row]:
         return [row for row in self.steps if row["step"] not in self._firsts]
@@ -299,20 +294,6 @@ def _capacity(environment: Row, reports: Sequence[Row], device: str) -> int | No
         return None
     hosts = len({rank.get("host") for rank in ranks}) or 1
     return int(memory) // max(1, math.ceil(int(environment.get("world_size") or 1) / hosts))
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a run of this host has the folder now; the lock is tried for a moment and given back."""
-    from trainfleet.store import HOLD
-
-    try:
-        with (folder / HOLD).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _checkpoints(place: str) -> list[Kept]:
