@@ -65,12 +65,14 @@ class Stopwatch:
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._open: list[str] = ["other"]
-        self._since = perf_counter()
+        self.taken_at = self._since = perf_counter()
+        """When `take` was called last, or it was entered; a `time.perf_counter`."""
         self._before: Stopwatch | None = None
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last `take`, or since it was entered; open phases go on."""
         self._count()
+        self.taken_at = self._since
         taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
         return taken
 
@@ -95,6 +97,7 @@ class Stopwatch:
     def __enter__(self) -> Stopwatch:
         self._before, _running.watch = _running.watch, self
         self._open, self._since = ["other"], perf_counter()
+        self.taken_at = self._since
         return self
 
     def __exit__(
@@ -130,6 +133,7 @@ class DeviceStopwatch(Stopwatch):
 
     def take(self) -> dict[str, float]:
         self._count()
+        self.taken_at = perf_counter()
         taken = dict.fromkeys(PHASES, 0.0)
         while self._ahead:
             phase, mark = self._ahead[0]

@@ -97,7 +97,7 @@ def test_the_phases_are_stacked_to_the_time_of_each_step(pictures: Any, rows: li
     highest = max((above for above, _, _ in stacks.values()), key=lambda above: above.sum())
     if len(rows) <= MAX_BARS:
         whole = [row["between_seconds"] + row["seconds"] for row in rows]
-        assert list(highest) == pytest.approx(whole, rel=0.03, abs=1e-4), "the phases add up to the time"
+        assert list(highest) == pytest.approx(whole, rel=1e-6), "the phases add up to the time"
 
 
 def test_the_bar_is_the_whole_wall_time_and_its_share_that_counts(pictures: Any, run: History) -> None:

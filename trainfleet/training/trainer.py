@@ -134,7 +134,6 @@ class Trainer:
         )
         self._utilisation = utilisation
         self._stopwatch = stopwatch_for(mesh.device)
-        self._ended_at: float | None = None  # when the step before ended
         if self.config.evaluate_every and evaluation is None:
             raise ConfigError(
                 f"train.evaluate_every is {self.config.evaluate_every}, but there is nothing to evaluate on. "
@@ -165,7 +164,6 @@ class Trainer:
                 self._rollbacks.remember(self.step)
             with StopVote(self.mesh.world) as vote, self._stopwatch, self._tracks, self._watchers:
                 self._watchers.start(self.engine)
-                self._ended_at = time.perf_counter()
                 while self.step < steps and reason == "finished":
                     before = self.step
                     loss = self._take_step(steps, vote)
@@ -253,8 +251,8 @@ class Trainer:
         samples = sum(batch_size(batch) for batch in micro_batches) * self.mesh.data_axes.size
         # A loss that weighs tokens knows their number; one that does not weighs micro-batches.
         tokens = max(samples, round(loss.weight))
-        now = time.perf_counter()
-        between, self._ended_at = begun - (self._ended_at or begun), now
+        ended_before, phases = self._stopwatch.taken_at, self._stopwatch.take()
+        seconds = self._stopwatch.taken_at - begun
         ended = StepEnded(
             step=self.step,
             loss=loss.mean,
@@ -262,17 +260,17 @@ class Trainer:
             grad_norm=norm,
             samples=samples,
             tokens=tokens,
-            seconds=now - begun,
+            seconds=seconds,
             data_seconds=self._supply.seconds,
-            between_seconds=between,
-            phases=self._stopwatch.take(),
+            between_seconds=begun - ended_before,
+            phases=phases,
             waits=self._supply.waits,
             received_bytes=self._supply.received_bytes,
             ready=self._supply.ready,
             skipped=not updated,
             loss_scale=scale,
             memory_bytes=used_bytes(self.mesh.device),
-            mfu=self._utilisation.of(self.step, micro_batches, tokens, now - begun) if self._utilisation else None,
+            mfu=self._utilisation.of(self.step, micro_batches, tokens, seconds) if self._utilisation else None,
         )
         with timed("observers"):
             self._watchers.end(ended)
