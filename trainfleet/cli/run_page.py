@@ -199,5 +199,8 @@ def _short(value: Any) -> str:
 
 
 def when(at: float) -> str:
-    """In local time; empty where it is not known."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at > 0 else ""
+    """In local time; empty where it is not known, or no time of ours."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at > 0 else ""
+    except (OverflowError, ValueError, OSError):
+        return ""

@@ -1,22 +1,43 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from trainfleet.cli.run_page import print_run
 from trainfleet.errors import ConfigError, StoreError
-from trainfleet.events import CheckpointFailed, CheckpointSaved, Evaluated, Event, Restored, RunEnded, Tracked
-from trainfleet.monitor.history import read_run
+from trainfleet.events import (
+    AlertFired,
+    AnomalySeen,
+    CheckpointFailed,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Noted,
+    RanksReported,
+    Restored,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+    Tracked,
+)
+from trainfleet.monitor.history import compare, read_run, standing
 from trainfleet.monitor.history import run as module
 from trainfleet.monitor.history.goodput import UNDONE
 from trainfleet.monitor.jsonl import JsonLines, read_metrics
 from trainfleet.monitor.run_folder import RunFolder
+from trainfleet.monitor.wide_table import write_wide_table
 
 
 def write(folder: Path, *events: Event) -> Path:
@@ -158,3 +179,37 @@ def test_a_long_run_with_thousands_of_names_takes_little_memory(
     assert len(run.tracked) == 1000 and run.num_left_out == 500
     assert run.loss_at(8_000) == pytest.approx(1.5 + 4 * math.exp(-0.1))
     assert peak < 6_000_000
+
+
+def _fields_of(cls: type) -> list[str]:
+    return [each.name for each in dataclasses.fields(cls)]
+
+
+_EVENTS = [StepEnded, Evaluated, Tracked, RunStarted, RunEnded, Restored, RanksReported, AnomalySeen, AlertFired, Noted]
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**20) | st.floats().map(lambda x: x if math.isfinite(x) else "NaN")
+    | st.sampled_from(["", "NaN", "Infinity", "forward", "x" * 300, "\x1b[2J"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["forward", "phases", "b"]), inner),
+    max_leaves=4,
+)  # fmt: skip
+_ROWS = st.sampled_from(_EVENTS).flatmap(
+    lambda cls: st.fixed_dictionaries(
+        {"event": st.just(cls.__name__)}, optional=dict.fromkeys(["time", *_fields_of(cls)], _VALUES)
+    )
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(_ROWS, max_size=8))
+def test_whatever_a_file_holds_it_is_read_and_shown(rows: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = read_run(path)
+        assert run.num_torn <= len(rows) and run.goodput.seconds >= 0
+        assert math.isnan(run.goodput.share) or 0 <= run.goodput.share <= 1 + 1e-9
+        compare([run, run])
+        write_wide_table(standing(path / "metrics.jsonl"), io.StringIO())
+        with contextlib.redirect_stdout(io.StringIO()) as page:
+            print_run(run, {})
+        assert "\x1b" not in page.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 import re
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from trainfleet.errors import StoreError
-from trainfleet.events import Evaluated, Restored, RunStarted, StepEnded, Tracked
+from trainfleet.events import Evaluated, Event, Restored, RunStarted, StepEnded, Tracked
 from trainfleet.monitor.jsonl import parse_row
 
 _HEAD = re.compile(rb'\{"event": "(\w+)", "time": [^,{}]+, (?:"step": (\d+), )?')
 """How our own lines begin, so that the first pass need not parse them."""
 _RETURNS = {RunStarted.__name__: "start_step", Restored.__name__: "step"}
 """Events that say to which step a run went back, and where in them."""
+_WITH_STEP = {
+    cls.__name__ for cls in Event.__subclasses__() if any(field.name == "step" for field in dataclasses.fields(cls))
+}
 WINDOW = 1000
 """Steps for which a row waits for what was tracked or evaluated at its step."""
 
@@ -42,9 +46,10 @@ class Standing:
     """Steps that stand; not exact where lines are torn in the middle of the file."""
 
     def rows(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Every line as `read_rows` gives it, and whether it stands. Lines torn by a kill come as an empty row.
+        """Every line as `read_rows` gives it, and whether it stands; memory does not grow with the file.
 
-        Memory does not grow with the file. A line without a step stands.
+        A line that was torn by a kill, or lacks the step of its event, comes as an empty row. One of an event that has
+        no step stands.
         """
         stretches = iter(self.stretches)
         stretch = next(stretches, None)
@@ -55,7 +60,10 @@ class Standing:
                 return
             row = parse_row(line) or {}
             step = row.get("step")
-            yield row, not isinstance(step, int) or step <= stretch.last
+            if type(step) is int:
+                yield row, step <= stretch.last
+            else:
+                yield ({} if row.get("event") in _WITH_STEP else row), True
 
     def merged(self, *, window: int = WINDOW) -> Iterator[dict[str, Any]]:
         """What `read_metrics` returns, row by row, in memory that does not grow with the file.
@@ -141,7 +149,7 @@ def _look_at(line: bytes) -> tuple[str, int | None]:
     if row is None:
         return "", None
     step = row.get(_RETURNS.get(row["event"], "step"))
-    return row["event"], step if isinstance(step, int) else None
+    return row["event"], step if type(step) is int else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
