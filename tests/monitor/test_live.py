@@ -44,6 +44,12 @@ def test_an_own_number_is_shown_where_there_is_room(story: Any) -> None:
     assert "accuracy 0.25" in line and "unigram" not in line
 
 
+def test_the_mfu_is_shown_where_there_is_room(story: Any) -> None:
+    progress = progress_of(story, mfu=0.4125)
+    assert "mfu 41.2%" in fit_line(progress, width=200).plain
+    assert "mfu" not in fit_line(progress, width=79).plain
+
+
 def test_samples_stand_in_where_there_are_no_tokens(story: Any) -> None:
     line = fit_line(progress_of(story, tokens=8), width=79).plain
     assert "samples/s 80.0" in line and "tokens/s" not in line

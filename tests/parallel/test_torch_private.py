@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from oracle import whole
 from rank_pool import RankPools
 from torch import nn
+from torch.distributed import _functional_collectives
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.torch_private import (
+    exchange_within,
     forget_iteration,
     gathered_parameters,
     offsets_in_whole,
     reduce_unused_gradients,
+    waits_within,
 )
 from trainfleet.plan import Plan
 
@@ -81,3 +86,28 @@ def forgotten() -> list[Any]:
 
 def test_a_forgotten_iteration_leaves_no_gradient_and_nothing_gathered(ranks: RankPools) -> None:
     assert ranks(2, forgotten) == [[True, 1.0]] * 2
+
+
+def exchanges_seen(plan: Plan) -> list[Any]:
+    """How often the loop came to exchanges of FSDP2, and waits of DTensors, and whether torch's own call is back."""
+    counts = {"exchanges": 0, "waits": 0}
+
+    def counted(name: str) -> AbstractContextManager[None]:
+        counts[name] += 1
+        return nullcontext()
+
+    with Mesh.from_env(plan) as mesh:
+        root = sharded(mesh)
+        exchange_within(root, functools.partial(counted, "exchanges"))
+        root.forward = lambda x: root[1](x)
+        root(torch.ones(1, 3)).sum().backward()
+        plain = _functional_collectives.wait_tensor
+        weight = root[1].weight
+        with waits_within(functools.partial(counted, "waits")):
+            weight.full_tensor()
+        weight.full_tensor()
+        return [counts["exchanges"] > 0, counts["waits"], _functional_collectives.wait_tensor is plain]
+
+
+def test_exchanges_and_waits_are_entered_where_the_loop_comes_to_them(ranks: RankPools) -> None:
+    assert ranks(2, exchanges_seen, Plan(zero=3)) == [[True, 1, True]] * 2
