@@ -268,7 +268,7 @@ def table_of_events(found: dict[str, float | None]) -> Table:
             for name, rate in found.items()
         ],
         notes=[
-            "Each step has 24 numbers, ten of them its phases. Lines and TensorBoard are told to show every step, not "
+            "Each step has 22 numbers, ten of them its phases. Lines and TensorBoard are told to show every step, not "
             "every tenth. Ours write each step before the next one, so nothing is lost with the process; torch's "
             "SummaryWriter and Lightning's loggers hand it to a thread, or keep it until they are closed."
         ],
