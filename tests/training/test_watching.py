@@ -8,19 +8,35 @@ import pytest
 
 pytest.importorskip("torch")
 
+from torch import nn
+
 from trainfleet.config import load_config
 from trainfleet.events import ANOMALIES
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder
 from trainfleet.plan import Plan
 from trainfleet.training.findings import Findings
+from trainfleet.training.inspection import Inspector
+from trainfleet.training.not_finite import NotFinite
 from trainfleet.training.recipe import Recipe
+from trainfleet.training.watcher import Watcher
 from trainfleet.training.watching import watchers_of
+
+
+def watching(recipe: Recipe, folder: Path) -> list[Watcher]:
+    with Mesh.from_env(Plan(), device="cpu") as mesh:
+        return watchers_of(recipe, mesh, RunFolder(folder), model=nn.Linear(2, 2), batches=[])
 
 
 def test_the_anomalies_of_the_recipe_are_watched_for(tmp_path: Path) -> None:
     off = {"monitor": {"anomalies": dict.fromkeys(ANOMALIES)}}
-    with Mesh.from_env(Plan(), device="cpu") as mesh:
-        assert len(watchers_of(Recipe(), mesh, RunFolder(tmp_path))) > 3
-        (left,) = watchers_of(load_config(Recipe, values=off, env={}).value, mesh, RunFolder(tmp_path))
+    assert len(watching(Recipe(), tmp_path)) > 4
+    _, left = watching(load_config(Recipe, values=off, env={}).value, tmp_path)
     assert isinstance(left, Findings)
+
+
+def test_what_is_not_finite_is_explained(tmp_path: Path) -> None:
+    inspector, *others = watching(Recipe(), tmp_path)
+    assert isinstance(inspector, Inspector)
+    (judge,) = [each for each in others if isinstance(each, NotFinite)]
+    assert judge._explain == inspector.explain

@@ -11,12 +11,16 @@ from typing import Any
 
 from trainfleet.data.collate import to_numpy, to_torch
 from trainfleet.data.crew import Crew, Pool
-from trainfleet.data.sampler import Short, Span, check_places, check_same_source, next_span
+from trainfleet.data.sampler import Short, Span, check_places, check_same_source, next_span, share_of
 from trainfleet.data.samples import Made
+from trainfleet.data.taken import Sample, of_share
 from trainfleet.data.waits import Waits
 from trainfleet.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+MOST_TAKEN = 4096
+"""Batches whose samples can be named afterwards."""
 
 
 class Batches:
@@ -35,6 +39,7 @@ class Batches:
         self._pool: Pool | None = None
         self._planned: deque[tuple[int, Span, int]] = deque()  # task, span, samples dropped on the way to it
         self._next_task = 0
+        self._taken: deque[tuple[Span, tuple[int, ...]]] = deque(maxlen=MOST_TAKEN)  # span, bad samples in it
         self._closed = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -58,11 +63,20 @@ class Batches:
         self._consumed(span, dropped, made)
         if made.ended:
             raise StopIteration
+        self._taken.append((span, tuple(index for index, _ in made.skipped)))
         # Workers go on while the loop computes.
         self._plan_ahead()
         if made.skipped:
             self._tell_skipped(made.skipped)
         return to_numpy(made.batch) if self._as_numpy else to_torch(made.batch, pin=self._pin)
+
+    def taken(self, count: int) -> list[tuple[Sample, ...]]:
+        """Which samples the last `count` batches held, by slot, the oldest first; fewer where fewer were taken."""
+        last = list(self._taken)[-count:] if count > 0 else []
+        return [self._samples_of(span, skipped) for span, skipped in last]
+
+    def _samples_of(self, span: Span, skipped: tuple[int, ...]) -> tuple[Sample, ...]:
+        raise NotImplementedError
 
     def close(self) -> None:
         """End the workers; may be called twice."""
@@ -185,6 +199,14 @@ class IndexedBatches(Batches):
         """Begin again with the first epoch, for another pass of evaluation."""
         self._place = (0, 0)
         self._forget_plans()
+
+    def _samples_of(self, span: Span, skipped: tuple[int, ...]) -> tuple[Sample, ...]:
+        share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short=self.short)
+        return of_share(share, epoch=span.epoch, indices=self._indices(share.positions, span.epoch), skipped=skipped)
+
+    def _indices(self, positions: Any, epoch: int) -> list[int] | None:
+        """In the source; None where this process cannot know them."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         epoch, position = self._place

@@ -20,8 +20,9 @@ from trainfleet.data.batches import Batches
 from trainfleet.data.collate import add_weights, torch_installed
 from trainfleet.data.crew import Workers
 from trainfleet.data.reader import Item, Place, Reader, check_shardable
-from trainfleet.data.sampler import Short, Span, check_places, share_of
+from trainfleet.data.sampler import Share, Short, Span, check_places, share_of
 from trainfleet.data.samples import Bad, Made, Progress, Transform, collated, name_of, sample_failed
+from trainfleet.data.taken import Sample, of_share
 from trainfleet.data.workers import StartMethod
 from trainfleet.errors import DataError
 
@@ -253,6 +254,18 @@ class IterableBatches(Batches):
         self._reading._at = -1
         self._position, self._ended = position, False
         self._forget_plans()
+
+    def _samples_of(self, span: Span, skipped: tuple[int, ...]) -> tuple[Sample, ...]:
+        """By their positions in the stream, which is read in order: what is only iterated has no indices."""
+        if self.shards is None:
+            share = share_of(span, rank=self.rank, world_size=self.world_size, size=self.size, short="drop")
+            return of_share(share, epoch=None, indices=None)
+        # Row by row, this rank's shards in their order.
+        first, mine = span.begin // self.shards, range(self.rank, self.shards, self.world_size)
+        rows = span.size // self.shards
+        positions = np.array([(first + row) * self.shards + shard for row in range(rows) for shard in mine])
+        share = Share(positions, np.ones(len(positions), np.float32), False)
+        return of_share(share, epoch=None, indices=None, shards=self.shards)
 
     def _advance(self) -> tuple[Span, int] | None:
         if self._ended:

@@ -116,6 +116,9 @@ class LocalBatches(IndexedBatches):
             on_skip=on_skip,
         )
 
+    def _indices(self, positions: Any, epoch: int) -> list[int]:
+        return self.maker.indices(positions, epoch)
+
     def state_dict(self) -> dict[str, Any]:
         blocks, part = self.maker.blocks, self.maker.part
         window = {"window": blocks.window} if blocks is not None else {}

@@ -94,7 +94,7 @@ class IndexedMaker:
         weights = share.weights.copy()
         skipped: list[tuple[int, str]] = []
         bad_slots: list[int] = []
-        indices = self._indices(share.positions, span.epoch)
+        indices = self.indices(share.positions, span.epoch)
         self._expect(span, progress)
         for slot, index in enumerate(indices):
             progress(index)
@@ -116,7 +116,8 @@ class IndexedMaker:
             batch = add_weights(batch, weights)
         return Made(batch, tuple(skipped))
 
-    def _indices(self, positions: Any, epoch: int) -> list[int]:
+    def indices(self, positions: Any, epoch: int) -> list[int]:
+        """In the source, of the samples at some positions of an epoch."""
         n, seed = self.num_samples, self.transform.seed
         order = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=self.shuffle, blocks=self.blocks)
         found: list[int] = (order if self.part is None else self.part.in_source(order)).tolist()
@@ -157,7 +158,7 @@ class IndexedMaker:
             if slot not in bad_slots:
                 return sample
         following = (span.end + np.arange(STAND_IN_TRIES)) % self.num_samples
-        for index in self._indices(following, span.epoch):
+        for index in self.indices(following, span.epoch):
             try:
                 return self._sample(index, span.epoch, poison)
             except Exception:

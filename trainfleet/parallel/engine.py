@@ -100,7 +100,7 @@ class NativeEngine:
         self.spread.rest()
         check_optimizer(shard_safe(optimizer), self.plan)
         refuse_optimizer(optimizer, model)
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
         self._arrive = Arrival(prepare, self.mesh, self.plan, seed)
@@ -183,7 +183,7 @@ class NativeEngine:
             output = raise_to_float32(output)  # the model does so too, unless `forward` calls but a part of it
         if self.plan.devices:
             batch = to_device(batch, self.plan.devices[-1])  # where the output is
-        return self._loss_fn(output, batch)
+        return self.loss_fn(output, batch)
 
     def _agree_on_divisor(self, first_weight: float, num_micro_batches: int) -> float:
         """As if every micro-batch of every step weighed what the very first one does.

@@ -44,6 +44,7 @@ __all__ = [
     "backward_of_inputs",
     "backward_of_parameters",
     "exchange_within",
+    "eagerly",
     "flash_attention",
     "flash_attention_backward",
     "forget_iteration",
@@ -168,6 +169,19 @@ def offsets_in_whole(array: DTensor) -> tuple[int, ...]:
 
 _OFFSETS: dict[Any, tuple[int, ...]] = {}
 """By all that they depend on: shape of the whole and of the mesh, this rank's place in it, placements."""
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[bool]:
+    """Inside, modules that `nn.Module.compile` has compiled run as they were written; whether there are any."""
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield bool(compiled)
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def in_backward() -> bool:

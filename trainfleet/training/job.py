@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainfleet.training.trainer import Trainer
+    from trainfleet.training.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Given:
     evaluation_source: Any = None
     loss_fn: Callable[[Any, Batch], Any] | None = None
     observers: Sequence[Observer] = field(default_factory=tuple)
+    watchers: Sequence[Watcher] = field(default_factory=tuple)
+    """Asked before those of the recipe."""
 
 
 def run(recipe: Recipe, given: Given | None = None) -> Outcome:
@@ -164,7 +167,7 @@ def prepared(recipe: Recipe, mesh: Mesh, given: Given) -> Iterator[Trainer]:
             checkpointer=checkpointer,
             save_every=recipe.checkpoint.every,
             observers=observers,
-            watchers=watchers_of(recipe, mesh, folder),
+            watchers=[*given.watchers, *watchers_of(recipe, mesh, folder, model=model, batches=batches)],
             report_every=recipe.monitor.log_interval,
             utilisation=utilisation,
             system=system_numbers(

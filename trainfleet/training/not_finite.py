@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
 
 from trainfleet.monitor.anomalies import AnomalyConfig, Spell
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher
 
-Explain = Callable[[UnderWay], str | None]
+if TYPE_CHECKING:
+    from trainfleet.training.inspection import Finding
+
+Explain: TypeAlias = "Callable[[UnderWay], Finding | None]"
 """Where the first number came from that is none; a collective, which all ranks call for the same step."""
 
 
@@ -37,10 +42,19 @@ class NotFinite(Watcher):
         is_news = self._spells[found[0]].begins(under_way.step)
         if policy == "skip" and self._in_a_row > self._most:
             return Judgement(policy="stop", kind=found[0], what=exhausted(what, self._most))
-        if is_news and self._explain is not None and (more := self._explain(under_way)):
-            what = f"{what}: {more}"
         # A rollback is told each time: the run is elsewhere afterwards.
-        return Judgement(policy=policy, kind=found[0], what=what, is_news=is_news or policy == "rollback")
+        judgement = Judgement(policy=policy, kind=found[0], what=what, is_news=is_news or policy == "rollback")
+        finding = self._explain(under_way) if is_news and self._explain is not None else None
+        if finding is None:
+            return judgement
+        return replace(
+            judgement,
+            what=f"{what}: {finding.what}",
+            rank=finding.rank,
+            module=finding.module,
+            samples=finding.indices or None,
+            path=finding.path,
+        )
 
     def _found(self, under_way: UnderWay) -> tuple[str, str] | None:
         """Under fp16 a norm that is not finite is an overflow, which the loss scale deals with."""

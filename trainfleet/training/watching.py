@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trainfleet.batch import Batch
+from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder
 from trainfleet.training.anomalies import anomaly_watchers
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.watcher import Watcher
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def watchers_of(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> list[Watcher]:
+    from trainfleet.training.inspection import Inspector
+
+
+def watchers_of(
+    recipe: Recipe, mesh: Mesh, folder: RunFolder, *, model: nn.Module, batches: Iterable[Batch]
+) -> list[Watcher]:
     """Those that the recipe asks for, in the order in which they are asked."""
     saves = recipe.checkpoint.folder or str(folder.checkpoints)
-    return anomaly_watchers(
+    inspector = inspector_of(recipe, folder.path, model, batches)
+    anomalies = anomaly_watchers(
         recipe.monitor.anomalies,
         mesh,
         rolls_back=recipe.train.rollback_every is not None,
         folder=folder.path,
         saves=folder.path if "://" in saves else Path(saves),
+        explain=inspector.explain,
     )
+    return [inspector, *anomalies]
+
+
+def inspector_of(recipe: Recipe, folder: Path, model: nn.Module, batches: Iterable[Batch]) -> Inspector:
+    """Explains the steps of the recipe's run that are not finite, and keeps what it finds in `folder`."""
+    from trainfleet.training.inspection import Inspector
+
+    step_fn = load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None
+    return Inspector(model, batches, clip_norm=recipe.train.clip_norm, folder=folder, step_fn=step_fn)

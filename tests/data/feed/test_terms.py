@@ -14,7 +14,7 @@ from trainfleet.errors import PeerError
 
 TERMS = Terms(stream="training", size=4, rank=1, world_size=2, seed=7, shuffle=True, short="drop", bad="raise")
 UNIT = Unit(3, 8, 16, TERMS)
-OFFER = Offer(samples=10, size=4, seed=0, shuffle=True, short="keep", bad="skip", source="ten", digest="0f")
+OFFER = Offer(samples=10, size=4, seed=0, shuffle=True, short="keep", bad="skip", source="ten", digest="0f", plain=True)
 
 
 def test_units_and_offers_come_back_as_they_were():

@@ -12,6 +12,7 @@ from trainfleet.data.collate import torch_installed
 from trainfleet.data.feed.feeders import Feeders
 from trainfleet.data.feed.lane import Lane
 from trainfleet.data.feed.terms import Terms
+from trainfleet.data.order import indices_at
 from trainfleet.data.sampler import Short, Span
 from trainfleet.data.samples import Bad, Made
 from trainfleet.errors import ConfigError
@@ -130,6 +131,7 @@ class RemoteBatches(IndexedBatches):
                 bad=offer.bad if bad is None else bad,
             )
             self._remote = _Crew(pool=pool, terms=terms)
+            self._is_plain = offer.plain
             super().__init__(
                 self._remote,
                 num_samples=offer.samples,
@@ -170,6 +172,13 @@ class RemoteBatches(IndexedBatches):
     def digests(self) -> dict[str, str]:
         """By stream, of what the feeders' samples are."""
         return {name: offer.digest for name, offer in self.feeders.offers.items()}
+
+    def _indices(self, positions: Any, epoch: int) -> list[int] | None:
+        if not self._is_plain:
+            return None
+        n, seed, shuffle = self.num_samples, self.seed, self.shuffle
+        found: list[int] = indices_at(positions, num_samples=n, seed=seed, epoch=epoch, shuffle=shuffle).tolist()
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         super().load_state_dict(state)

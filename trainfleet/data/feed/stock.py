@@ -42,6 +42,7 @@ class Stock:
                 bad=stream.maker.bad,
                 source=name_of(stream.maker.source)[:200],
                 digest=digest_of(stream.maker),
+                plain=stream.maker.part is None and (stream.maker.blocks is None or stream.maker.blocks.whole),
             )
             for name, stream in self.streams.items()
         }

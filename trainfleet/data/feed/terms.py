@@ -67,6 +67,8 @@ class Offer:
     """Its name, for sentences."""
     digest: str
     """Of what the samples are: alike on feeders whose batches are alike."""
+    plain: bool
+    """Whether its order is that of whole sources without shards, which a trainer can compute by itself."""
 
     def __post_init__(self) -> None:
         whole = 0 < self.samples <= MOST and 0 < self.size <= MOST and abs(self.seed) < 1 << 64

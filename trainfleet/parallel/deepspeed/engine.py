@@ -71,7 +71,7 @@ class DeepSpeedEngine:
         """Steps taken, skipped ones included: what random numbers depend on."""
         refuse_optimizer(optimizer, model)
         refuse_for_deepspeed(model, optimizer, self.plan, self.mesh.world_size)
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         self._forward = forward or call_with_batch
         self._seed = seed
         self._arrive = Arrival(prepare, self.mesh, self.plan, seed)
@@ -148,7 +148,7 @@ class DeepSpeedEngine:
             output = self._forward(module, batch)
             if self.plan.precision != "fp32":
                 output = raise_to_float32(output)
-            return checked_loss(self._loss_fn(output, batch))
+            return checked_loss(self.loss_fn(output, batch))
 
     def _agree_on_divisor(self, weight: float, num_micro_batches: int) -> float:
         """The weight of a first micro-batch, rank 0's, times their number: as for the engine of our own."""

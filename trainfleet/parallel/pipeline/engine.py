@@ -139,7 +139,7 @@ class PipelineEngine(NativeEngine):
     def _loss_of(self, output: Any, batch: Batch) -> LossSum:
         if self.plan.precision != "fp32":
             output = raise_to_float32(output)
-        return checked_loss(self._loss_fn(output, batch))
+        return checked_loss(self.loss_fn(output, batch))
 
     def _backward(self, flow: Flow, action: Action, losses: dict[int, Tensor], left: dict[int, int]) -> None:
         stage, i = action.stage, action.micro_batch
