@@ -18,6 +18,7 @@ from trainfleet.cli import (
     link,
     predict,
     relay,
+    replay,
     runs,
     train,
     validate,
@@ -43,6 +44,7 @@ app.add_typer(config.app, name="config")
 app.command("validate")(validate.validate)
 app.command("predict")(predict.predict)
 app.add_typer(runs.app, name="runs")
+app.command("replay")(replay.replay)
 app.command("doctor")(doctor.doctor)
 app.command("relay")(relay.relay)
 app.command("link")(link.link)

@@ -216,6 +216,11 @@ class IterableBatches(Batches):
         """Samples that all ranks have consumed since the stream began."""
         return self._position
 
+    @property
+    def can_begin_again(self) -> bool:
+        """Whether the source is no iterator, which gives each sample once."""
+        return not hasattr(self._reading.source, "__next__")
+
     def rewind(self) -> None:
         """Begin again, for another pass of evaluation."""
         self._restart(0, (Place(),) * self._readers)

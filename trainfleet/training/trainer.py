@@ -159,7 +159,7 @@ class Trainer:
         self._emit(self._run_started(steps))
         try:
             if self.config.rollback_every is not None:
-                states = {name: state for name, state in self._all_states().items() if name != "data"}
+                states = {name: state for name, state in self.all_states().items() if name != "data"}
                 self._rollbacks = Rollbacks(states, most=self.config.max_rollbacks)
                 self._rollbacks.remember(self.step)
             with StopVote(self.mesh.world) as vote, self._stopwatch, self._tracks, self._watchers:
@@ -194,7 +194,7 @@ class Trainer:
         if self._saves is not None and self._save_every is not None:
             self._saves.tell()
             if not self._saves.is_prepared:
-                self._saves.prepare(self._all_states())
+                self._saves.prepare(self.all_states())
         if vote.says_stop():
             return "interrupted"
         if not went_on:
@@ -320,15 +320,15 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of this step; how the one before ended is told to the observers."""
-        self._needed_saves("save with").save(self.step, self._all_states(), self._evaluations.metrics_at(self.step))
+        self._needed_saves("save with").save(self.step, self.all_states(), self._evaluations.metrics_at(self.step))
 
     def _save_last(self) -> None:
         if self._saves is not None and self._save_every is not None:
-            self._saves.save_last(self.step, self._all_states(), self._evaluations.metrics_at(self.step))
+            self._saves.save_last(self.step, self.all_states(), self._evaluations.metrics_at(self.step))
 
     def restore(self, *, cast: bool = False) -> int | None:
         """Go on from the newest whole checkpoint: its step, or None if there is none. `cast` allows other dtypes."""
-        return self._needed_saves("restore from").restore(self._all_states(), cast=cast)
+        return self._needed_saves("restore from").restore(self.all_states(), cast=cast)
 
     def has_checkpoint(self) -> bool:
         """Whether anything was committed that `restore` could go on from; whether it is whole, `restore` finds out."""
@@ -343,7 +343,7 @@ class Trainer:
             raise ConfigError(f"There is no checkpointer to {purpose}; give the Trainer `checkpointer`.")
         return self._saves
 
-    def _all_states(self) -> dict[str, Stateful]:
+    def all_states(self) -> dict[str, Stateful]:
         """What a checkpoint holds: all that the next step depends on, and what observers remember."""
         states = {**self.engine.state(), "trainer": self, "generators": Generators(), **self._states}
         if isinstance(self.batches, Stateful):
