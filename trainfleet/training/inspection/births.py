@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from trainfleet.training.inspection.values import Lines, Values
@@ -55,6 +55,22 @@ class Birth:
             line.append(at)
             at = at.cause
         return next((each for each in reversed(line) if each.values.has_nan), None)
+
+
+@dataclass(eq=False, slots=True)
+class Frame:
+    """One call of a module."""
+
+    module: str
+    parent: Frame | None
+    index: int
+    """Which of its parent's calls of children it is."""
+    call: int
+    caller: str
+    visible: list[Birth] = field(default_factory=list)
+    """What its code could have made something of: its inputs, and what its children gave."""
+    inputs: list[Birth] = field(default_factory=list)
+    children: list[str] = field(default_factory=list)
 
 
 def worst(births: Iterable[Birth]) -> Birth | None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainfleet.parallel.spread import Spread
-from trainfleet.training.inspection.births import Birth, worst
+from trainfleet.training.inspection.births import Birth, Frame, worst
 from trainfleet.training.inspection.finding import Kind, Phase, named
 from trainfleet.training.inspection.values import Lines, Values
-from trainfleet.training.inspection.watch import Frame, Watch
+from trainfleet.training.inspection.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,49 +22,12 @@ from torch.utils.hooks import RemovableHandle
 from trainfleet.batch import Batch, arrays
 from trainfleet.loss import LossSum
 from trainfleet.parallel.torch_private import Leaving, in_backward, without_torch_functions
-from trainfleet.training.inspection.births import Birth, Place, worst
+from trainfleet.training.inspection.births import Birth, Frame, Place, worst
 from trainfleet.training.inspection.fields import fields_of
-from trainfleet.training.inspection.values import Lines, Tally, Values, is_number, is_sound, lines_of, values_of
+from trainfleet.training.inspection.gradients import BadGradient, Claim, Gradients
+from trainfleet.training.inspection.values import Lines, Tally, is_number, is_sound, lines_of, values_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class Frame:
-    """One call of a module."""
-
-    module: str
-    parent: Frame | None
-    index: int
-    """Which of its parent's calls of children it is."""
-    call: int
-    caller: str
-    visible: list[Birth] = field(default_factory=list)
-    """What its code could have made something of: its inputs, and what its children gave."""
-    inputs: list[Birth] = field(default_factory=list)
-    children: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Whose tensor it is that a gradient arrives at."""
-
-    kind: Literal["output", "input", "parameter", "loss"]
-    module: str
-    tensor: str
-    frame: Frame | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadGradient:
-    """The first gradient of a step that was not finite on this rank."""
-
-    claim: Claim
-    values: Values
-    lines: Lines
-    at: int
-    call: int
-    """Of the model, so far; 0 where it is not called."""
 
 
 @dataclass(slots=True)
@@ -89,9 +52,7 @@ class Watch:
         self._frame: Frame | None = None
         self._top = Frame("", None, 0, 0, "")  # where no module that is watched calls the others: stages
         self._known: dict[int, tuple[weakref.ref[Tensor], Birth]] = {}
-        self._claims: dict[int, tuple[weakref.ref[Tensor], list[Claim]]] = {}
-        self._hooked: set[int] = set()
-        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._gradients = Gradients(model, self._tally_gradient if tallies else None)
         self._time = 0
         self._gives_up = False
         self._counts = tallies
@@ -100,7 +61,6 @@ class Watch:
         self.births: list[Birth] = []
         self.losses: list[Birth] = []
         """Losses that were not finite."""
-        self.gradient: BadGradient | None = None
         self.tallies: dict[str, Tallies] = {}
         """In the order of the first calls."""
 
@@ -110,9 +70,13 @@ class Watch:
                 module.register_forward_pre_hook(functools.partial(self._enter, name), with_kwargs=True)
             )
             self._handles.append(module.register_forward_hook(functools.partial(self._leave, name)))
-        for name, parameter in self._model.named_parameters():
-            self._hook_parameter(name, parameter)
+        self._gradients.open()
         return self
+
+    @property
+    def gradient(self) -> BadGradient | None:
+        """The first that was not finite."""
+        return self._gradients.first
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,7 +85,7 @@ class Watch:
             handle.remove()
         self._handles.clear()
         self._known.clear()
-        self._claims.clear()
+        self._gradients.close()
 
     def micro_batch_of(self, call: Birth | Frame | BadGradient | None, count: int) -> int | None:
         """Which of this rank's `count` micro-batches of the step it belongs to, from 0."""
@@ -157,9 +121,7 @@ class Watch:
                 frame.inputs.append(birth)
         frame.visible.extend(frame.inputs)
         (parent or self._top).children.append(name)
-        for own, parameter in module._parameters.items():
-            if parameter is not None:  # what is sharded is another object while it is gathered
-                self._hook_parameter(f"{name}.{own}".lstrip("."), parameter)
+        self._gradients.enter(name, module)
         self._frame = frame
         if not torch.is_grad_enabled():
             return None
@@ -199,7 +161,7 @@ class Watch:
             for each in frame.inputs:
                 each.is_healed = True
         for label, tensor in outputs:
-            self._claim(tensor, Claim("output", frame.module, label, frame))
+            self._gradients.claim(tensor, Claim("output", frame.module, label, frame))
         if self._counts:
             tally = self.tallies.setdefault(frame.module, Tallies())
             for _, tensor in outputs:
@@ -333,68 +295,18 @@ class Watch:
         last = self._top.children[-1] if self._top.children else None
         return self._born("code", "", "its output", bad[0], None, after=last, cause=worst(self._top.visible))
 
-    # backward
-
     def _identity(self, claim: Claim, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad or not is_number(tensor):
-            return tensor
-        own = torch.ops.aten.alias(tensor)
-        if (birth := self._known_as(tensor)) is not None:
+        own = self._gradients.identity(tensor, claim)
+        if own is not tensor and (birth := self._known_as(tensor)) is not None:
             self._know(own, birth)
-        self._claim(own, claim)
-        return own  # type: ignore[no-any-return]
+        return own
 
-    def _claim(self, tensor: Tensor, claim: Claim) -> None:
-        """Look at the gradient of `tensor`; of several whose it is the last is nearest to where gradients come from."""
-        if not tensor.requires_grad:
-            return
-        reference, claims = self._claims.get(id(tensor), (None, []))
-        if reference is not None and reference() is tensor:
-            claims.append(claim)
-            return
-        claims = [claim]
-        self._claims[id(tensor)] = (weakref.ref(tensor), claims)
-        tensor.register_hook(functools.partial(self._arrive, claims))  # type: ignore[no-untyped-call]
-
-    def _hook_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        if parameter.requires_grad and id(parameter) not in self._hooked:
-            self._hooked.add(id(parameter))
-            known = self._parameters.get(id(parameter), name)
-            module, _, own = known.rpartition(".")
-            claim = Claim("parameter", module, own, None)
-            handle = parameter.register_hook(functools.partial(self._arrive, [claim]))  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
-
-    def _arrive(self, claims: list[Claim], gradient: Tensor | None) -> None:
-        if self._gives_up or gradient is None:
-            return
-        try:
-            with without_torch_functions(), torch.no_grad():
-                if self._counts:
-                    for claim in claims:
-                        if claim.kind == "output":
-                            self.tallies[claim.module].gradients.add(gradient)
-                if self._is_wanted(claims[-1]) and is_number(gradient) and not is_sound(gradient):
-                    self._time += 1
-                    self.gradient = BadGradient(
-                        claim=claims[-1],
-                        values=values_of(gradient),
-                        lines=lines_of(gradient),
-                        at=self._time,
-                        call=self.calls.get("", 0),
-                    )
-        except Exception:
-            self._give_up()
-
-    def _is_wanted(self, claim: Claim) -> bool:
-        """The first; where that is of a parameter, then of the same module's input, which tells the samples."""
-        first = self.gradient.claim if self.gradient is not None else None
-        if first is None:
-            return True
-        return first.kind == "parameter" and claim.kind == "input" and claim.module == first.module
+    def _tally_gradient(self, module: str, gradient: Tensor) -> None:
+        self.tallies[module].gradients.add(gradient)
 
     def _give_up(self) -> None:
         self._gives_up = True
+        self._gradients.gives_up = True
         logger.warning("Looking at the modules of this step failed; it is not looked at further.", exc_info=True)
 
 
