@@ -19,6 +19,7 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
 from trainfleet.training.inspection import Finding, Inspector
+from trainfleet.training.inspection.values import local
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.trainer import Trainer
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher
@@ -194,7 +195,7 @@ class BadSteps(torch.optim.AdamW):
         self.taken += 1
         if self.taken == 2:
             with torch.no_grad():
-                self.broken.view(-1)[3] = torch.nan
+                local(self.broken).view(-1)[3] = torch.nan
 
 
 class _BreaksBuffer(Watcher):

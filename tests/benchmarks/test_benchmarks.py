@@ -282,3 +282,12 @@ def test_a_run_is_read_back_beside_plain_json(tmp_path: Path) -> None:
     (table,) = tables("read_run", tmp_path)
     assert [row[0] for row in table["rows"]] == ["100"] * 3 + ["1,000"] * 3
     assert all(float(row[3]) > 0 for row in table["rows"])
+
+
+def test_a_hunt_names_what_is_planted_and_nothing_where_nothing_is(tmp_path: Path) -> None:
+    planted, costs, clean = tables("nan_hunt", tmp_path)
+    assert planted["notes"][0].startswith("2 of 2 are named rightly") and all(
+        "WRONG" not in row[2] for row in planted["rows"]
+    )
+    assert [row[0] for row in costs["rows"]] == ["the small net", "the recipe's GPT"]
+    assert clean["rows"] == [["2", "0"]]

@@ -47,7 +47,7 @@ def test_a_checkpoint_behind_the_copy_that_a_rollback_went_to_does_not_lead_past
     # Step 4 was saved anew after the rollback, and that is the state which leads to 6, but not to the first 5.
     assert [step for step in range(6) if went_back.leads(step, 6)] == [0, 1, 2, 3, 4, 5]
     assert [step for step in range(5) if went_back.leads(step, 5)] == [0, 1, 2, 3]
-    assert went_back.losses[4] == [4.0, 4.0]
+    assert went_back.losses[4] == [4.0, 4.0] and went_back.rolled_back == {5}
     far = course(tmp_path, 1, 2, 3, *back(4, 1), 5, 6)
     assert far.losses  # the file goes on
     lost = course(tmp_path / "other", 1, 2, 3, 4, *back(5, 2), 3, 6)

@@ -77,6 +77,7 @@ def test_what_was_not_finite_is_found_again_also_where_it_was_rolled_back(tmp_pa
     step = next(row["step"] for row in rows if row["event"] == "AnomalySeen")
     found = replay(folder, step, given=given)
     assert found.finding is not None and found.finding.kind == "batch" and found.finding.indices == (BAD,)
+    assert found.recorded is None and "rolled this step back when it first came to it" in found.remarks[0]
     # The steps behind it were taken with other batches, and are so again.
     later = replay(folder, 14, given=given)
     assert "to the bit" in later.compared()

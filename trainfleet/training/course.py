@@ -15,6 +15,8 @@ class Course:
 
     losses: dict[int, list[float]] = field(default_factory=dict)
     """By step, in the order in which the run took it."""
+    rolled_back: set[int] = field(default_factory=set)
+    """Steps that were rolled back when the run first came to them."""
     _first: dict[int, int] = field(default_factory=dict)
     """By step, the row in which it was first come to."""
     _last: dict[int, int] = field(default_factory=dict)
@@ -33,7 +35,8 @@ class Course:
                 course._last[step] = number
                 course._first.setdefault(step, number)
             elif event == AnomalySeen.__name__ and row.get("policy") == "rollback":
-                course._first.setdefault(row["step"], number)
+                if course._first.setdefault(row["step"], number) == number:
+                    course.rolled_back.add(row["step"])
             elif event == Restored.__name__ and row.get("path") == "memory":
                 course._rollbacks.append((number, row["step"]))
         return course

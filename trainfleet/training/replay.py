@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,8 +79,9 @@ class Replayed:
         if self.recorded == self.loss or (math.isnan(self.recorded) and math.isnan(self.loss)):
             return f"{line}; the run's loss, to the bit"
         way = "" if self.first_other is None else f"; the first step on the way to differ was {self.first_other}"
-        far = abs(self.loss - self.recorded) / abs(self.recorded) if self.recorded else math.inf
-        return f"{line}; the run's loss was {self.recorded:.9g}, which is {far:.1e} off{way}"
+        off = abs(self.loss - self.recorded) / abs(self.recorded) if self.recorded else math.inf
+        far = f", which is {off:.1e} off" if math.isfinite(off) else ""
+        return f"{line}; the run's loss was {self.recorded:.9g}{far}{way}"
 
     def to_plain(self) -> dict[str, Any]:
         return {
@@ -213,8 +214,8 @@ class _Done(Exception):
 class _Replaying(Watcher):
     """Compares losses on the way, and inspects the step that is wanted before its update."""
 
-    def __init__(self, order: _Order, recorded: Mapping[int, list[float]], tell: Tell | None) -> None:
-        self._order, self._recorded, self._tell = order, recorded, tell
+    def __init__(self, order: _Order, course: Course, tell: Tell | None) -> None:
+        self._order, self._course, self._tell = order, course, tell
         self.trainer: Trainer | None = None
         self.inspector: Inspector | None = None
         self.began = 0
@@ -243,7 +244,7 @@ class _Replaying(Watcher):
         return None
 
     def end(self, ended: StepEnded) -> None:
-        if self.first_other is None and not _holds(self._recorded.get(ended.step), ended.loss):
+        if self.first_other is None and not _holds(self._course.losses.get(ended.step), ended.loss):
             self.first_other = ended.step
         if self._tell is not None and ended.step < self._order.step:
             self._tell(f"step {ended.step} of {self._order.step}: loss {ended.loss:.6g}")
@@ -262,7 +263,13 @@ class _Replaying(Watcher):
         before, gradients = before_update(model), gradients_now(model)
         under_way.engine.step()
         parts = anatomy_of(model, watch, before, gradients, mesh.world)
-        losses = self._recorded.get(under_way.step)
+        losses = self._course.losses.get(under_way.step)
+        if under_way.step in self._course.rolled_back:
+            losses = None
+            remarks.append(
+                "The run rolled this step back when it first came to it, which is what is seen here; under this number "
+                "it later took other batches."
+            )
         same = [loss for loss in losses or () if _holds([loss], under_way.loss)]
         if losses and len(losses) > 1:
             remarks.append(f"The run took this step {len(losses)} times; this is as it came to it first.")
@@ -288,7 +295,7 @@ def replay_rank(order: _Order, recipe: Recipe, given: Given, tell: Tell | None) 
     """As one rank; the same on each, but for what is told, which is the first one's business."""
     with Mesh.from_env(recipe.plan) as mesh:
         course = Course.of(RunFolder(order.run).metrics)
-        replaying = _Replaying(order, course.losses, tell if mesh.is_main else None)
+        replaying = _Replaying(order, course, tell if mesh.is_main else None)
         with prepared(recipe, mesh, replace(given, watchers=(replaying,))) as trainer:
             _refuse(order, trainer)
             replaying.trainer = trainer
