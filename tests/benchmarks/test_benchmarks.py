@@ -284,6 +284,7 @@ def test_a_run_is_read_back_beside_plain_json(tmp_path: Path) -> None:
     assert all(float(row[3]) > 0 for row in table["rows"])
 
 
+@pytest.mark.matrix
 def test_a_hunt_names_what_is_planted_and_nothing_where_nothing_is(tmp_path: Path) -> None:
     planted, costs, clean = tables("nan_hunt", tmp_path)
     assert planted["notes"][0].startswith("2 of 2 are named rightly") and all(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
+from training.inspection.test_finding import FINDING
+
 from trainfleet.monitor.anomalies import AnomalyConfig
+from trainfleet.training.inspection import Finding
 from trainfleet.training.not_finite import NotFinite
 from trainfleet.training.watcher import Judgement, UnderWay
 
@@ -62,12 +66,13 @@ def test_skips_that_do_not_help_end_in_a_stop() -> None:
 def test_the_explanation_is_asked_for_once() -> None:
     asked: list[int] = []
 
-    def explain(under_way: UnderWay) -> str:
+    def explain(under_way: UnderWay) -> Finding:
         asked.append(under_way.step)
-        return "layers.1 made it"
+        return replace(FINDING, what="layers.1 made it")
 
     first, *_ = judged([NAN, NAN, NAN], explain, loss_not_finite="skip")
     assert first is not None and first.what == "The loss is nan: layers.1 made it" and asked == [1]
+    assert (first.rank, first.module, first.samples) == (1, "blocks.2.up", (37,)) and first.path == FINDING.path
 
 
 def test_a_kind_that_is_off_is_not_judged() -> None:

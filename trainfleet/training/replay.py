@@ -196,12 +196,30 @@ def places_of_modules(run: str | Path) -> list[Path]:
 def _quietly(recipe: Recipe, folder: RunFolder, place: str) -> Recipe:
     """The recipe of a run that computes the same, writes to `place` alone, and evaluates and saves nothing."""
     store = recipe.checkpoint.folder or str(folder.checkpoints)
+    # What follows from the numbers is judged as it was; what follows from the clock would be judged anew.
+    anomalies = replace(
+        recipe.monitor.anomalies,
+        dead_units=None,
+        throughput_drop=None,
+        slow_rank=None,
+        data_starvation=None,
+        stalled_step=None,
+        disk_filling=None,
+        memory_growth=None,
+    )
     return replace(
         recipe,
         folder=f"{place}/run",
         checkpoint=replace(recipe.checkpoint, every=None, resume="never", folder=store),
         monitor=MonitorConfig(
-            console=False, jsonl=False, tensorboard=False, curve=False, log_interval=recipe.monitor.log_interval
+            console=False,
+            jsonl=False,
+            tensorboard=False,
+            curve=False,
+            system=False,
+            mfu=False,
+            log_interval=recipe.monitor.log_interval,
+            anomalies=anomalies,
         ),
         train=replace(recipe.train, evaluate_every=None, early_stopping=None, finish=None, observers=()),
     )
