@@ -30,7 +30,7 @@ def doctor(
     certificate: Path | None = typer.Option(None, "--certificate", help="Ours, as PEM."),
     key: Path | None = typer.Option(None, "--key", help="Its key, as PEM."),
 ) -> None:
-    """Say what works on this machine and what does not; or what limits a run, and what to turn.
+    """Say what works on this machine, or what limits a run; and the remedy.
 
     With the folder of a run: what it loses time and safety by, the most first, each with the setting to change. With
     an address or a token: whether the listener there can be reached and how fast, step by step. With `ports`: which
