@@ -36,6 +36,7 @@ def test_what_was_found_wrong_prevents_with_its_remedy():
     found = rows(wrong)
     assert (found["ranks on CPUs"].verdict, found["ranks on CPUs"].remedy) == ("no", "Set it.")
     assert found["train in one process"].verdict == "ok"
+    assert found["ranks on GPUs"].verdict == "off", "without a GPU it is not gloo that is missing"
     assert rows(Finding(subject="GPU", fact="torch is a CPU build", verdict="no"))["GPUs"].verdict == "no"
 
 

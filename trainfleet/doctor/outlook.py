@@ -66,6 +66,9 @@ def _judge(use: Use, found: Mapping[str, list[Finding]], packages: list[Requirem
     if use.program and _program(use.program) is None:
         remedy = f'pip install --force-reinstall "trainfleet[{use.extra}]", or add its folder to PATH'
         return _row(use, "off", f"{use.program} is not on the PATH", remedy)
+    gpus = [each for subject in ("GPU", "GPU *") for each in _matching(subject, found)]
+    if "GPU *" in use.needs and all(each.subject == "GPU" and each.verdict != "no" for each in gpus):
+        return _row(use, "off", "no GPU that torch can use", "")
     untried = []
     for subject in use.needs:
         findings = _matching(subject, found)
@@ -73,8 +76,6 @@ def _judge(use: Use, found: Mapping[str, list[Finding]], packages: list[Requirem
             return _row(use, "no", f"{wrong.subject}: {wrong.fact}", wrong.remedy)
         if not findings and subject not in _ONLY_IF_WRONG:
             untried.append(subject)
-    if any(subject in ("GPU *", "CUDA") for subject in untried):
-        return _row(use, "off", "no GPU that torch can use", "")
     if untried:
         return _row(use, "note", f"not tried: {', '.join(untried)}", "trainfleet doctor, without --quick, tries it.")
     return _row(use, "ok", ", ".join(f"{each.name} {version_of(each.name)}" for each in packages) or "yes", "")

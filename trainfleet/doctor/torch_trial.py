@@ -116,7 +116,8 @@ def _fork(backend: str, rank: int, size: int, meeting: str, patience: float) -> 
 def _sentence(exc: BaseException) -> str:
     """The first line, short enough for a pipe, without where in gloo's source an expectation failed."""
     first = (str(exc).strip().splitlines() or [""])[0]
-    return f"{type(exc).__name__}: {re.sub(r'.enforce fail at [^ ]*. ', '', first)[:500]}"
+    told = re.sub(r".enforce fail at [^ ]*. (\S+ != \S+\. )?", "", first)
+    return f"{type(exc).__name__}: {told[:500]}"
 
 
 def _sum(backend: str, rank: int, size: int, meeting: str, patience: float) -> float:
