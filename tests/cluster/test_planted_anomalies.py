@@ -22,6 +22,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="a run needs torch")
 
 from rank_pool import RankPools  # noqa: E402
+from small_job import STEPS, write_job  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from trainfleet.config import load_config  # noqa: E402
@@ -393,3 +394,52 @@ def gpt_run(folder: str, steps: int) -> list[str]:
 @pytest.mark.matrix
 def test_the_gpt_of_the_recipes_on_two_ranks_is_clean(ranks: RankPools, tmp_path: Path) -> None:
     assert ranks(2, gpt_run, str(tmp_path), 300, deadline_seconds=1200.0) == [[], []]
+
+
+# from the command line
+
+HANGS = """
+class Hangs(Numbers):
+    def __getitem__(self, index):
+        import os, time
+        if index == 60 and not pathlib.Path("hung").exists():
+            pathlib.Path("hung").write_text("")
+            time.sleep(60)
+        return super().__getitem__(index)
+
+class Bad(Numbers):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "input": sample["input"] * float("nan" if index == 60 else 1)}
+"""
+
+
+def command(folder: Path, source: str, anomalies: str, *options: str) -> tuple[int, str, Any]:
+    """Exit code, what was said, and the job, of `trainfleet train` on two ranks."""
+    changes = {"learner:Numbers": f"learner:{source}", "console: false": f"console: false, anomalies: {{{anomalies}}}"}
+    job = write_job(folder, **{**changes, f"steps: {STEPS}": "steps: 25"})
+    with (job.folder / "learner.py").open("a") as module:
+        module.write(HANGS)
+    started = job.start(["trainfleet", "train", "recipe.yaml", "--nproc", "2", *options])
+    try:
+        said, _ = started.communicate(timeout=90)
+    finally:
+        started.kill()
+    return started.returncode, said, job
+
+
+@pytest.mark.matrix
+def test_a_run_that_stops_for_an_anomaly_ends_with_its_code_and_is_not_started_anew(tmp_path: Path) -> None:
+    code, said, job = command(tmp_path / "job", "Bad", "loss_not_finite: stop", "--max-restarts", "3")
+    assert code == 17 and "The loss is nan" in said and "says what to do: stop" in said
+    assert "start anew" not in said and len([*(job.folder / "run" / "checkpoints").glob("*step*")]) >= 1
+
+
+@pytest.mark.matrix
+def test_a_rank_that_hangs_ends_itself_and_the_ranks_start_anew(tmp_path: Path) -> None:
+    stall = "stalled_step: stop, stall_floor_seconds: 1.0, stall_stop_seconds: 2.0"
+    code, said, _ = command(tmp_path / "once", "Hangs", stall)
+    assert code == 18 and "hung in data, at" in said and "in __getitem__" in said
+    code, said, job = command(tmp_path / "again", "Hangs", stall, "--max-restarts", "1")
+    assert code == 0, said
+    assert "did not end step" in said and list(job.losses()) == list(range(1, 26))
