@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfleet.events import (
     AlertFired,
+    AnomalyOver,
     AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
@@ -124,11 +125,12 @@ def test_alerts_and_anomalies_have_one_line_each(story: Any) -> None:
     alert = AlertFired(step=3, alert="loss > 5", value=7.0, text="loss > 5: loss is 7\nand\x1b[2J more")
     fields = {"rank": 1, "module": "layers.3", "path": "runs/x/bad"}
     seen = AnomalySeen(step=4, kind="loss_not_finite", what="the loss is nan", policy="skip", **fields)
-    lines = printed(
-        story.started(steps=40), alert, seen, AnomalySeen(step=5, kind="slow_rank", what="x", policy="warn")
-    )
+    warned = AnomalySeen(step=5, kind="slow_rank", what="x", policy="warn")
+    over = AnomalyOver(step=9, kind="slow_rank", what="no x after 4 steps")
+    lines = printed(story.started(steps=40), alert, seen, warned, over)
     assert lines[1:] == [
         "alert      3/40  loss > 5: loss is 7 and\N{MIDDLE DOT}[2J more",
         "anom       4/40  loss_not_finite  the loss is nan  rank 1  in layers.3  saved in runs/x/bad  step skipped",
         "anom       5/40  slow_rank  x  run goes on",
+        "anom       9/40  slow_rank  no x after 4 steps  over",
     ]

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
-from trainfleet.events import AlertFired, AnomalySeen, Tracked
+from trainfleet.events import AlertFired, AnomalyOver, AnomalySeen, Tracked
 from trainfleet.monitor.live import LiveLine, fit_line
 from trainfleet.monitor.progress import Progress
 
@@ -128,7 +128,9 @@ def test_alerts_are_red_and_so_are_anomalies_after_which_something_was_done() ->
     live.on_event(AlertFired(step=3, alert="loss > 5", value=7.0, text="loss > 5: loss is 7"))
     for policy in ("warn", "skip"):
         live.on_event(AnomalySeen(step=4, kind="loss_spike", what="9 is much", policy=policy, rank=1))
-    red, yellow, red_too = file.getvalue().splitlines()
+    live.on_event(AnomalyOver(step=9, kind="loss_spike", what="9 is no more"))
+    red, yellow, red_too, dim = file.getvalue().splitlines()
     assert "\x1b[1;31malert: loss > 5: loss is 7" in red
     assert "\x1b[33mloss spike: 9 is much, rank 1, run goes on" in yellow
     assert "\x1b[1;31mloss spike: 9 is much, rank 1, step skipped" in red_too
+    assert "9 is no more" in dim

@@ -7,6 +7,7 @@ from typing import TextIO
 
 from trainfleet.events import (
     AlertFired,
+    AnomalyOver,
     AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
@@ -63,6 +64,8 @@ class Lines:
             self._write("alert", self._at(event.step), printable_line(event.text or event.alert))
         elif isinstance(event, AnomalySeen):
             self._write("anom", self._at(event.step), event.kind, printable_line(event.what), *anomaly_words(event))
+        elif isinstance(event, AnomalyOver):
+            self._write("anom", self._at(event.step), event.kind, printable_line(event.what), "over")
         elif isinstance(event, SamplesSkipped):
             self._write("skip", f"{event.count} bad samples so far", f"such as {event.example}")
         elif isinstance(event, RanksReported):

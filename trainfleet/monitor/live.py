@@ -17,6 +17,7 @@ from rich.text import Text
 
 from trainfleet.events import (
     AlertFired,
+    AnomalyOver,
     AnomalySeen,
     CheckpointFailed,
     CheckpointSaved,
@@ -81,6 +82,8 @@ class LiveLine:
                 ": ".join(words[:2]) + "".join(f", {word}" for word in words[2:]),
                 style="yellow" if event.policy == "warn" else "bold red",
             )
+        elif isinstance(event, AnomalyOver):
+            self._keep(event.step, printable_line(event.what), style="dim")
         elif isinstance(event, SamplesSkipped):
             at = self._progress.last.step if self._progress.last else 0
             self._keep(at, f"{event.count} bad samples left out so far, such as {event.example}", style="yellow")

@@ -86,7 +86,8 @@ class Stalls(Watcher):
         self._thread.start()
 
     def begin(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        self._step = step
+        # A step that was rolled back had no end.
+        self._step, self._since = step, time.monotonic()
 
     def end(self, ended: StepEnded) -> None:
         now = time.monotonic()
