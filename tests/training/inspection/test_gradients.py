@@ -45,6 +45,15 @@ def test_the_backward_of_a_branch_is_told_from_the_trunk() -> None:
     assert claimed(watched(model, X)) == ("input", "parts.1.branch")
 
 
+def test_a_branch_is_not_blamed_for_its_trunk() -> None:
+    class Trunk(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return Bad.apply(x) + self.branch(x)
+
+    model = Chain(nn.Linear(3, 3), Trunk(nn.Linear(3, 3)))
+    assert claimed(watched(model, X)) == ("input", "parts.1")
+
+
 def test_modules_that_hand_on_what_they_get_are_not_blamed() -> None:
     model = Chain(nn.Linear(3, 3), nn.Identity(), Gives(lambda x: x), between=lambda x: x)
     assert claimed(watched(model, X, lambda out: Bad.apply(out).sum())) == ("loss", "")
