@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 from trainfleet.events import RanksReported
 from trainfleet.monitor.history.ranks import Ranks, SlowRank
 from trainfleet.monitor.units import readable_rate
@@ -34,12 +32,8 @@ class SlowRanks:
 
 
 def _sentence(slow: SlowRank, ranks: Ranks, steps: int) -> str:
-    own = ranks.ranks[slow.rank]
-    others = [each for each in ranks.ranks if each is not own]
-    usual = statistics.median(each.phases.get(slow.phase, 0.0) for each in others)
-    lost = (slow.factor - 1) * own.work_seconds / slow.factor
-    took, usually = (f"{readable_rate(seconds / steps * 1e3)} ms" for seconds in (own.phases[slow.phase], usual))
+    took, usually = (f"{readable_rate(each / steps * 1e3)} ms" for each in (slow.phase_seconds, slow.usual_seconds))
     return (
         f"rank {slow.rank} on {slow.host} is slow in {slow.phase}: {took} a step, the others {usually}; "
-        f"they wait {lost / own.seconds:.0%} of the time for it"
+        f"they wait {slow.lost_seconds / ranks.ranks[slow.rank].seconds:.0%} of the time for it"
     )

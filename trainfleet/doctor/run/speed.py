@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from trainfleet.doctor.run.advice import Advice, Rule, advice
-from trainfleet.doctor.run.summary import Row, Summary
+from trainfleet.doctor.run.summary import Summary
+from trainfleet.monitor.history.ranks import Ranks
 
 FEWEST_STEPS = 20
 """Before, shares of time say more about the start than about the run."""
@@ -101,50 +102,31 @@ def saves_stall(run: Summary) -> Iterator[Advice]:
 
 def slow_rank(run: Summary) -> Iterator[Advice]:
     """One rank works longer than the others at most reports, so that all wait for it."""
-    work = [_work(report) for report in run.reports if len(report["ranks"]) > 1]
-    if not work:
+    named: Counter[int] = Counter()
+    ranks = Ranks()
+    for report in run.reports:
+        alone = Ranks()
+        for each in (alone, ranks):
+            each.add(report["ranks"])
+        if (slowest := alone.slowest) is not None:
+            named[slowest.rank] += 1
+    slow = ranks.slowest
+    if slow is None or named[slow.rank] < max(2, 0.6 * named.total()) or slow.factor < SLOW_RANK:
         return
-    named = Counter(max(range(len(each)), key=lambda rank, each=each: each[rank]) for each in work)  # type: ignore[misc]
-    rank, times = named.most_common(1)[0]
-    if times < max(2, 0.6 * len(work)):
-        return
-    own = sum(each[rank] for each in work if rank < len(each))
-    others = sum(statistics.median([s for r, s in enumerate(each) if r != rank]) for each in work if rank < len(each))
-    if own < SLOW_RANK * others:
-        return
-    whole = sum(max(r["seconds"] for r in report["ranks"]) for report in run.reports) or 1.0
-    phase, excess = _slow_phase(run, rank)
-    about = run.reports[-1]["ranks"][rank]
     remedies = {
         "data": "Look at the disk and the data.workers of that host",
         "transfer": "Look at pinned memory and the PCIe link of that GPU (nvidia-smi topo -m)",
         "checkpoint": "Look at the disk of that host",
     }
     default = "Look there for other programs (top), heat (nvidia-smi -q -d PERFORMANCE) and more threads than cores"
+    more = slow.phase_seconds - slow.usual_seconds
     fact = (
-        f"rank {rank} on {about.get('host', '?')} ({about.get('device', '?')}) works {own / others:.1f} times as long "
+        f"rank {slow.rank} on {slow.host or '?'} ({slow.device or '?'}) works {slow.factor:.1f} times as long "
+        f"as the others, and all wait for it; most of it in {slow.phase} ({more:.3g} s more)"
     )
-    fact += f"as the others, and all wait for it; most of it in {phase} ({excess:.3g} s more)"
-    remedy = f"{remedies.get(phase, default)}; run `trainfleet doctor` there"
-    yield advice("slow rank", fact, remedy, gain=min(1.0, (own - others) / whole))
-
-
-def _work(report: Row) -> list[float]:
-    """Seconds by rank, without waiting for the others."""
-    return [float(r["seconds"]) - float((r.get("phases") or {}).get("communication", 0.0)) for r in report["ranks"]]
-
-
-def _slow_phase(run: Summary, rank: int) -> tuple[str, float]:
-    excess: Counter[str] = Counter()
-    for report in run.reports:
-        if rank >= len(report["ranks"]):
-            continue
-        own = report["ranks"][rank].get("phases") or {}
-        for phase, seconds in own.items():
-            others = [(r.get("phases") or {}).get(phase, 0.0) for i, r in enumerate(report["ranks"]) if i != rank]
-            if phase != "communication":
-                excess[phase] += seconds - statistics.median(others)
-    return excess.most_common(1)[0] if excess else ("an unknown phase", 0.0)
+    remedy = f"{remedies.get(slow.phase, default)}; run `trainfleet doctor` there"
+    whole = max(rank.seconds for rank in ranks.ranks) or 1.0
+    yield advice("slow rank", fact, remedy, gain=min(1.0, slow.lost_seconds / whole))
 
 
 def tiny_steps(run: Summary) -> Iterator[Advice]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
-
 from trainfleet.events import RanksReported
 from trainfleet.monitor.anomalies.finding import Finding, Spell
-from trainfleet.stopwatch import PHASES, WHOLE
+from trainfleet.monitor.history.ranks import Ranks
 
-NOT_WORK = ("communication", *WHOLE)
-"""Waiting for others is no work; evaluations, saves and observers have the first rank's own duties in them."""
 ENOUGH = 3
 """Reports in a row that find the same rank slow."""
 MATTERS = 0.1
@@ -34,29 +29,27 @@ class SlowRank:
     def hear(self, report: RanksReported) -> Finding | None:
         """What the report says, with those before it."""
         self._num_reports += 1
-        if len(report.ranks) < 2 or self._num_reports == 1:  # the first warms up
+        ranks = Ranks()
+        ranks.add(report.ranks)
+        slow = ranks.slowest
+        if slow is None or self._num_reports == 1:  # the first warms up
             return None
-        slowest, ratio, phase = slowest_of(report.ranks)
-        seconds = float(report.ranks[slowest]["seconds"])
-        if ratio < self._factor or self._lost(report, slowest) < MATTERS * seconds:
+        seconds = ranks.ranks[slow.rank].seconds
+        if slow.factor < self._factor or slow.lost_seconds < MATTERS * seconds:
             self._suspect, self._in_a_row, self._seconds = None, 0, 0.0
             return self._over(report)
-        if slowest != self._suspect:
-            self._suspect, self._in_a_row, self._seconds = slowest, 0, 0.0
+        if slow.rank != self._suspect:
+            self._suspect, self._in_a_row, self._seconds = slow.rank, 0, 0.0
         self._in_a_row += 1
         self._seconds += seconds
         if self._in_a_row < ENOUGH or self._seconds < self._lasting or not self._spell.begins(report.step):
             return None
-        self._told = slowest
-        host = report.ranks[slowest]["host"]
+        self._told = slow.rank
         what = (
-            f"Rank {slowest} on {host} works {ratio:.1f} times as long as the others at each step, "
-            f"which wait for it; it is slow in {phase}"
+            f"Rank {slow.rank} on {slow.host} works {slow.factor:.1f} times as long as the others at each step, "
+            f"which wait for it; it is slow in {slow.phase}"
         )
-        return Finding(kind=self.kind, what=what, rank=slowest)
-
-    def _lost(self, report: RanksReported, slowest: int) -> float:
-        return work_of(report.ranks[slowest]) - _of_others(report.ranks, slowest)
+        return Finding(kind=self.kind, what=what, rank=slow.rank)
 
     def _over(self, report: RanksReported) -> Finding | None:
         since = self._spell.ends()
@@ -64,33 +57,3 @@ class SlowRank:
             return None
         what = f"Rank {self._told} works as long as the others again, after {report.step - since} steps"
         return Finding(kind=self.kind, what=what, is_over=True, rank=self._told)
-
-
-def work_of(rank: Mapping[str, object]) -> float:
-    """Seconds that a rank worked, of its report."""
-    return sum(_phase(rank, phase) for phase in PHASES if phase not in NOT_WORK)
-
-
-def slowest_of(ranks: object) -> tuple[int, float, str]:
-    """The rank that worked longest, by what factor longer than the median of the others, and mostly in which phase."""
-    assert isinstance(ranks, list | tuple)
-    slowest = max(range(len(ranks)), key=lambda rank: work_of(ranks[rank]))
-    others = _of_others(ranks, slowest)
-    ratio = work_of(ranks[slowest]) / others if others > 0 else float("inf")
-    phases = [phase for phase in PHASES if phase not in NOT_WORK]
-
-    def more(phase: str) -> float:
-        usual = statistics.median(_phase(each, phase) for rank, each in enumerate(ranks) if rank != slowest)
-        return _phase(ranks[slowest], phase) - usual
-
-    return slowest, ratio, max(phases, key=more)
-
-
-def _of_others(ranks: object, slowest: int) -> float:
-    assert isinstance(ranks, list | tuple)
-    return statistics.median(work_of(each) for rank, each in enumerate(ranks) if rank != slowest)
-
-
-def _phase(rank: Mapping[str, object], phase: str) -> float:
-    phases = rank["phases"]
-    return float(phases.get(phase, 0.0)) if isinstance(phases, Mapping) else 0.0

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainfleet.monitor.history.goodput import finite
+from trainfleet.stopwatch import WHOLE
 
 SLOW = 1.1
-"""A rank is slow that works so many times as long as the median rank."""
-WAITING = "communication"
-"""The phase in which fast ranks wait for slow ones: it tells nothing against whoever is in it."""
+"""A rank is slow that works so many times as long as the others in the median."""
+NO_WORK = ("communication", *WHOLE)
+"""Who waits for others does no work; evaluations, saves and observers have duties of the first rank in them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,18 +32,26 @@ class Rank:
 
     @property
     def work_seconds(self) -> float:
-        """In which it did not wait for others."""
-        return sum(seconds for phase, seconds in self.phases.items() if phase != WAITING)
+        """Of its steps, without waiting for others."""
+        return sum(seconds for phase, seconds in self.phases.items() if phase not in NO_WORK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowRank:
+    """A rank beside the others: where they are fast, they wait for it in `communication`."""
+
     rank: int
     host: str
+    device: str
     factor: float
-    """Of the median rank's working time."""
+    """Of the others' working time, in the median."""
+    lost_seconds: float
+    """How much longer it works."""
     phase: str
-    """Where it loses most against the median."""
+    """Where it loses most."""
+    phase_seconds: float
+    usual_seconds: float
+    """Of the others in that phase, in the median."""
 
 
 class Ranks:
@@ -73,21 +82,32 @@ class Ranks:
 
     @property
     def slow(self) -> list[SlowRank]:
-        """The slowest first; of two ranks the faster is the median."""
-        if len(self.ranks) < 2:
-            return []
-        median = statistics.median_low([rank.work_seconds for rank in self.ranks])
-        if median <= 0:
-            return []
-        found = []
-        for rank in self.ranks:
-            if (factor := rank.work_seconds / median) < SLOW:
-                continue
-            lost = {
-                phase: seconds - statistics.median_low([each.phases.get(phase, 0.0) for each in self.ranks])
-                for phase, seconds in rank.phases.items()
-                if phase != WAITING
-            }
-            phase = max(lost, key=lambda name: lost[name])
-            found.append(SlowRank(rank=rank.rank, host=rank.host, factor=factor, phase=phase))
+        """The slowest first."""
+        found = [slow for rank in self.ranks if (slow := self._beside_others(rank)) and slow.factor >= SLOW]
         return sorted(found, key=lambda slow: -slow.factor)
+
+    @property
+    def slowest(self) -> SlowRank | None:
+        """Who works longest, be it by how little; None where there is but one, or the others do nothing."""
+        return self._beside_others(max(self.ranks, key=lambda rank: rank.work_seconds)) if self.ranks else None
+
+    def _beside_others(self, rank: Rank) -> SlowRank | None:
+        others = [each for each in self.ranks if each is not rank]
+        if not others or (usual := statistics.median(each.work_seconds for each in others)) <= 0:
+            return None
+
+        def usually(phase: str) -> float:
+            return statistics.median(each.phases.get(phase, 0.0) for each in others)
+
+        works = [phase for phase in rank.phases if phase not in NO_WORK]
+        phase = max(works, key=lambda phase: rank.phases[phase] - usually(phase), default="other")
+        return SlowRank(
+            rank=rank.rank,
+            host=rank.host,
+            device=rank.device,
+            factor=rank.work_seconds / usual,
+            lost_seconds=rank.work_seconds - usual,
+            phase=phase,
+            phase_seconds=rank.phases.get(phase, 0.0),
+            usual_seconds=usually(phase),
+        )
