@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import _thread
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from trainfleet.stopwatch import PHASES, DeviceStopwatch, Stopwatch, timed
+from trainfleet.stopwatch import PHASES, DeviceStopwatch, Stopwatch, marked, timed
 
 
 class Clock:
@@ -171,3 +172,43 @@ def test_the_backward_of_a_device_may_run_in_a_thread_that_python_has_not_starte
         run(_thread.start_new_thread)
         taken = watch.take()
     assert (taken["backward"], taken["communication"], taken["other"]) == (0.75, 0.25, 0.25)
+
+
+def heard_marks() -> tuple[list[str], Callable[[str], AbstractContextManager[None]]]:
+    heard: list[str] = []
+
+    @contextmanager
+    def mark(phase: str) -> Iterator[None]:
+        heard.append(phase)
+        yield
+        heard.append(f"end of {phase}")
+
+    return heard, mark
+
+
+def test_phases_that_begin_while_they_are_marked_are_entered_and_left_in_turn() -> None:
+    heard, mark = heard_marks()
+
+    with Stopwatch(), timed("forward"):
+        with timed("data"):
+            pass
+        with marked(mark), timed("backward"), timed("communication"):
+            pass
+        with timed("transfer"):
+            pass
+    with marked(mark), timed("forward"):
+        pass  # no stopwatch
+    assert heard == ["backward", "communication", "end of communication", "end of backward"]
+
+
+def test_a_phase_that_was_open_before_the_marks_or_outlives_them_is_left_alone() -> None:
+    heard, mark = heard_marks()
+
+    with Stopwatch() as watch:
+        watch.open("forward")
+        with marked(mark):
+            watch.close()
+            watch.open("backward")
+        watch.close()
+        assert heard == ["backward", "end of backward"]
+        assert watch.phase == "other"

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Protocol
@@ -68,6 +70,8 @@ class Stopwatch:
         self.taken_at = self._since = perf_counter()
         """When `take` was called last, or it was entered; a `time.perf_counter`."""
         self._before: Stopwatch | None = None
+        self._range: Callable[[str], AbstractContextManager[Any]] | None = None
+        self._ranges: list[tuple[int, AbstractContextManager[Any]]] = []  # with the number of phases open in it
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last `take`, or since it was entered; open phases go on."""
@@ -84,8 +88,13 @@ class Stopwatch:
     def open(self, phase: str) -> None:
         self._count()
         self._open.append(self._open[-1] if self._open[-1] in WHOLE else phase)
+        if self._range is not None:
+            self._ranges.append((len(self._open), self._range(self._open[-1])))
+            self._ranges[-1][1].__enter__()
 
     def close(self) -> None:
+        if self._ranges and self._ranges[-1][0] == len(self._open):
+            self._ranges.pop()[1].__exit__(None, None, None)
         self._count()
         self._open.pop()
 
@@ -185,3 +194,20 @@ class timed:
     ) -> None:
         if self._watch is not None:
             self._watch.close()
+
+
+@contextmanager
+def marked(mark: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside, each phase that begins is also a `mark(phase)`, entered and left with it: so a profiler sees phases.
+
+    It is so for the Stopwatch of this thread; without one there are none.
+    """
+    watch = _running.watch
+    if watch is None:
+        yield
+        return
+    before, watch._range = watch._range, mark
+    try:
+        yield
+    finally:
+        watch._range = before

@@ -76,6 +76,9 @@ class Judgement:
 class Watcher:
     """Does nothing; override what is wanted. Called on every rank, in the thread of the loop."""
 
+    emit: Callable[[Event], None] = staticmethod(lambda event: None)
+    """Tells the observers of the run that it is in."""
+
     def start(self, engine: Engine) -> None:
         """The loop begins."""
 
@@ -111,6 +114,8 @@ class Watchers:
 
     def __init__(self, watchers: Sequence[Watcher], emit: Callable[[Event], None]) -> None:
         self._watchers, self._emit = tuple(watchers), emit
+        for watcher in self._watchers:
+            watcher.emit = emit
 
     def __enter__(self) -> Watchers:
         return self
