@@ -20,6 +20,7 @@ from trainfleet.monitor.jsonl import JsonLines
 from trainfleet.monitor.run_folder import RunFolder
 from trainfleet.monitor.samples import Samples
 from trainfleet.monitor.services import Mlflow, MlflowConfig, Prometheus, PrometheusConfig, WandB, WandbConfig
+from trainfleet.monitor.step_range import MemoryConfig, ProfileConfig, refuse_overlap
 from trainfleet.monitor.system import SystemSampler
 from trainfleet.monitor.tensorboard import TensorBoard
 from trainfleet.plan import STRICT
@@ -67,6 +68,10 @@ class MonitorConfig:
     peak_flops: float | None = None
     """Peak FLOP/s of one device; null: by the data sheet of the GPU, or measured on a processor."""
     anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
+    memory: MemoryConfig | int | str | None = None
+    """Report the memory of a step: {steps: 3}, or 3, or 3-8 to see also what grows; null: none."""
+    profile: ProfileConfig | int | str | None = None
+    """Trace steps: {steps: 10-12}, or 10-12; null: none."""
 
     def __post_init__(self) -> None:
         for name in ("flops_per_token", "peak_flops"):
@@ -84,6 +89,19 @@ class MonitorConfig:
             raise ConfigError(
                 f"monitor.log_interval is {self.log_interval}; use at least 1, or monitor.console=false for silence."
             )
+        refuse_overlap(self.memory_steps, self.profile_steps)
+
+    @property
+    def memory_steps(self) -> MemoryConfig | None:
+        """`memory`, whether it was given in its short form or whole."""
+        given = self.memory
+        return MemoryConfig(steps=given) if isinstance(given, int | str) else given
+
+    @property
+    def profile_steps(self) -> ProfileConfig | None:
+        """`profile`, likewise."""
+        given = self.profile
+        return ProfileConfig(steps=given) if isinstance(given, int | str) else given
 
     @property
     def each_alert(self) -> tuple[Alert, ...]:

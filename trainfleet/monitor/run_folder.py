@@ -7,6 +7,9 @@ runs/NAME/
   metrics.csv        every number, where monitor.csv asks for it
   loss.png           the curve
   samples.txt        what the model generated
+  memory.png         the memory of a step, where monitor.memory asks for it
+  memory/            the report on it
+  profile/           traces and operators, where monitor.profile asks for them
   tensorboard/
   checkpoints/
 """
@@ -42,6 +45,9 @@ class RunFolder:
         self.csv = self.path / "metrics.csv"
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
+        self.memory_picture = self.path / "memory.png"
+        self.memory = self.path / "memory"
+        self.profile = self.path / "profile"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 

@@ -11,6 +11,8 @@ from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder
 from trainfleet.training.anomalies import anomaly_watchers
+from trainfleet.training.memory_watch import MemoryWatch
+from trainfleet.training.profile_watch import ProfileWatch
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.watcher import Watcher
 
@@ -34,7 +36,17 @@ def watchers_of(
         saves=folder.path if "://" in saves else Path(saves),
         explain=inspector.explain,
     )
-    return [inspector, *anomalies]
+    return [inspector, *anomalies, *_measuring(recipe, mesh, folder)]
+
+
+def _measuring(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> list[Watcher]:
+    """They look at a step when the others have done with it."""
+    watchers: list[Watcher] = []
+    if (memory := recipe.monitor.memory_steps) is not None:
+        watchers.append(MemoryWatch(memory.range, folder, mesh.world))
+    if (profile := recipe.monitor.profile_steps) is not None:
+        watchers.append(ProfileWatch(profile, folder, mesh.world))
+    return watchers
 
 
 def inspector_of(recipe: Recipe, folder: Path, model: nn.Module, batches: Iterable[Batch]) -> Inspector:

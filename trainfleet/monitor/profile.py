@@ -1,0 +1,130 @@
+"""Profile: traces a few steps by torch's profiler, for Perfetto and for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainfleet.monitor.account import Account
+from trainfleet.monitor.allocations import MODULE, PHASE, Followed, Range, followed_in
+from trainfleet.monitor.memory_report import MemoryReport, aligned
+from trainfleet.monitor.operators import module_table, operator_table
+from trainfleet.stopwatch import PHASES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class Profile:
+    """Traces the steps between `record` and `stop`, after one that warms the profiler up from `start` on.
+
+    In the trace, phases are ranges `phase: NAME` and the forward of each module is a range `module: NAME`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        with_stack: bool = False,
+        step: int = 0,
+        rank: int = 0,
+    ) -> None:
+        """`step` is the number of steps taken so far."""
+        self._account = Account(model, optimizer, step=step, rank=rank)
+        self._with_stack = with_stack
+        self._profiler: Any = None
+        self._is_recording = False
+        self._followed: Followed | None = None
+
+    @property
+    def steps(self) -> int:
+        """Recorded so far; a part of one counts."""
+        return max(self._account.num_steps, 1)
+
+    def start(self, *, warm_up: bool) -> None:
+        """Begin with a step that warms up, or record at once. RuntimeError where a profiler of torch runs already."""
+        import torch
+        from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+        from torch.profiler import ProfilerActivity, profile
+
+        if _profiler_enabled():
+            raise RuntimeError("another profiler of torch runs, and it has one at a time.")
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(
+            activities=activities, profile_memory=True, record_shapes=True, with_stack=self._with_stack
+        )
+        self._profiler.prepare_trace()
+        self._account.open()
+        if not warm_up:
+            self._record()
+
+    def step(self) -> None:
+        """A step has ended."""
+        if self._is_recording:
+            self._account.end_step()
+        else:
+            self._record()
+
+    def stop(self) -> bool:
+        """End; whether anything was recorded."""
+        self._account.close()
+        was_recording = self._is_recording
+        if not was_recording:
+            self._profiler.start_trace()  # a prepared profiler is ended only by way of a trace
+        self._is_recording = False
+        self._profiler.stop_trace()
+        return was_recording
+
+    def write(self, trace: Path) -> None:
+        """The trace, as JSON in gzip, in place of an older one. OSError where it cannot be written."""
+        unfinished = trace.with_name(f".unfinished-{trace.name}")
+        try:
+            self._profiler.export_chrome_trace(str(unfinished))
+            if not unfinished.is_file():
+                raise OSError(f"torch could not write {unfinished}")
+            unfinished.replace(trace)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def memory_report(self) -> MemoryReport:
+        """The memory of all that was recorded, as one step."""
+        if not self._account.num_steps:
+            self._account.end_step()
+        return self._account.report(self._seen(), whole=True)
+
+    def operators(self) -> str:
+        """Phases, operators and modules in what was recorded, in milliseconds a step."""
+        ranges = [
+            Range(event.name, event.time_range.start * 1000, event.time_range.end * 1000)
+            for event in self._profiler.events()
+            if event.name.startswith((PHASE, MODULE)) and event.device_type.name == "CPU"
+        ]
+        modules = [each for each in ranges if each.name.startswith(MODULE)]
+        lines = [f"{self.steps} step{'s' * (self.steps != 1)}; times and calls are those of one", ""]
+        lines += [*self._phase_table(), ""]
+        lines += operator_table(self._profiler.key_averages(), steps=self.steps)
+        if modules:
+            lines += ["", *module_table(modules, steps=self.steps)]
+        return "\n".join(lines) + "\n"
+
+    def _phase_table(self) -> list[str]:
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for phase in self._seen().phases:
+            seconds[phase.name] = seconds.get(phase.name, 0.0) + (phase.ended - phase.begun) / 1e9
+        rows = [["phase", "ms"]]
+        rows += [[name, f"{took * 1000 / self.steps:.3f}"] for name, took in seconds.items() if took]
+        return aligned(rows)
+
+    def _seen(self) -> Followed:
+        if self._followed is None:
+            self._followed = followed_in(self._profiler.profiler.kineto_results.experimental_event_tree())
+        return self._followed
+
+    def _record(self) -> None:
+        self._account.begin()
+        self._profiler.start_trace()
+        self._is_recording = True
