@@ -36,6 +36,8 @@ class Block:
     """Of the first tensor that an operator was seen to read there; None where none did."""
     handed_over: int | None = None
     """When it was last given to a collective. Then a thread of the backend, which nobody follows, may end it unseen."""
+    used: int | None = None
+    """When an operator was last seen to read or write it."""
     is_end_seen: bool = False
     """Whether `freed` was seen, and not only that something else lies there now."""
 
@@ -202,7 +204,7 @@ def _follow_uses(blocks: Sequence[Block], uses: Sequence[_Use]) -> None:
         block = alive.get(use.address)
         if block is None or (block.freed is not None and block.freed <= use.at):
             continue
-        block.shape = block.shape or use.shape
+        block.shape, block.used = block.shape or use.shape, use.at
         if use.is_collective:
             block.handed_over = use.at
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from trainfleet.monitor.holdings import Holding
 from trainfleet.monitor.units import readable_bytes
+
+_Value = TypeVar("_Value")
 
 LEAST_STEPS = 4
 """Fewer steps tell a cache that fills from a leak no better than a guess."""
@@ -69,28 +72,32 @@ def growth_of(found: Sequence[Holding], ends: Sequence[int], device: str) -> Gro
     rise = round(slope(live))
     if not is_rising(live) or rise < least:
         return Growth(live_bytes=tuple(live))
-    places: dict[tuple[str, str, str, str], list[Holding]] = defaultdict(list)
+    places: dict[tuple[str, str], list[Holding]] = defaultdict(list)
     for each in here:
         if each.block.ranges or each.phase:  # what was there before the first step cannot have become more
-            places[each.kind, each.parts[0][0], each.block.operator, each.phase].append(each)
+            places[each.parts[0][0], each.block.operator].append(each)
     suspects = []
-    for (kind, module, operator, phase), group in places.items():
+    for (module, operator), group in places.items():
         of_group = _live_bytes(group, ends)
         if is_rising(of_group) and slope(of_group) >= min(least, rise / 10):
-            alive = [each.block for each in group if each.block.freed is None or each.block.freed > ends[-1]]
+            alive = [each for each in group if each.block.freed is None or each.block.freed > ends[-1]]
             suspects.append(
                 Suspect(
-                    kind=kind,
+                    kind=_usual(each.kind for each in alive),
                     module=module,
                     operator=operator,
-                    phase=phase,
-                    shape=Counter(block.shape for block in alive).most_common(1)[0][0],
+                    phase=_usual(each.phase for each in alive),
+                    shape=_usual(each.block.shape for each in alive),
                     bytes_per_step=round(slope(of_group)),
                     blocks=len(alive),
                 )
             )
     suspects.sort(key=lambda suspect: -suspect.bytes_per_step)
     return Growth(live_bytes=tuple(live), bytes_per_step=rise if suspects else 0, suspects=tuple(suspects))
+
+
+def _usual(values: Iterable[_Value]) -> _Value:
+    return Counter(values).most_common(1)[0][0]
 
 
 def is_rising(values: Sequence[float]) -> bool:

@@ -85,20 +85,22 @@ def _held(block: Block, held: Held, phase: str) -> Holding:
 def end_unseen(followed: Followed, looks: Sequence[Look]) -> None:
     """Let blocks end that were handed to a collective and whose end was not seen, unless a look finds them later.
 
-    They end where the next collective begins, before which such memory is waited for, or where their phase ends.
+    They end where they are last used; those that nothing uses any more where the next collective begins, before which
+    such memory is waited for, or where their phase ends.
     """
     phases = _Phases(followed.phases)
     for block in followed.blocks:
         if block.handed_over is None or block.is_end_seen:
             continue
-        i = bisect_right(followed.collectives, block.handed_over)
-        ends = [phases.end_of(block.handed_over), *followed.collectives[i : i + 1]]
         place = block.device, block.address
         until = block.freed or looks[-1].at
         found = [look.at for look in looks if block.made < look.at <= until and place in look.held]
         if block.freed is None and found and found[-1] == looks[-1].at:
             continue  # it is there
-        block.freed = min(max(min(ends), *found, block.handed_over), until) if found else min(*ends, until)
+        i = bisect_right(followed.collectives, block.handed_over)
+        waited_for = min([phases.end_of(block.handed_over), *followed.collectives[i : i + 1]])
+        used = block.used if block.used is not None and block.used > block.handed_over else waited_for
+        block.freed = min(max([used, *found]), until)
 
 
 def _by_life(block: Block, phase: str, phases: _Phases) -> str:

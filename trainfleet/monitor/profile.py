@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.monitor.account import Account
-from trainfleet.monitor.allocations import MODULE, PHASE, Followed, Range, followed_in
+from trainfleet.monitor.allocations import MODULE, PHASE, Range, followed_in
 from trainfleet.monitor.memory_report import MemoryReport, aligned
 from trainfleet.monitor.operators import module_table, operator_table
 from trainfleet.stopwatch import PHASES
@@ -36,7 +36,7 @@ class Profile:
         self._with_stack = with_stack
         self._profiler: Any = None
         self._is_recording = False
-        self._followed: Followed | None = None
+        self._report: MemoryReport | None = None
 
     @property
     def steps(self) -> int:
@@ -92,9 +92,12 @@ class Profile:
 
     def memory_report(self) -> MemoryReport:
         """The memory of all that was recorded, as one step."""
-        if not self._account.num_steps:
-            self._account.end_step()
-        return self._account.report(self._seen(), whole=True)
+        if self._report is None:
+            if not self._account.num_steps:
+                self._account.end_step()
+            seen = followed_in(self._profiler.profiler.kineto_results.experimental_event_tree())
+            self._report = self._account.report(seen, whole=True)
+        return self._report
 
     def operators(self) -> str:
         """Phases, operators and modules in what was recorded, in milliseconds a step."""
@@ -112,17 +115,13 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     def _phase_table(self) -> list[str]:
+        line = self.memory_report().timeline
         seconds = dict.fromkeys(PHASES, 0.0)
-        for phase in self._seen().phases:
-            seconds[phase.name] = seconds.get(phase.name, 0.0) + (phase.ended - phase.begun) / 1e9
+        for name, begin, end in line.phases:
+            seconds[name] = seconds.get(name, 0.0) + end - begin
         rows = [["phase", "ms"]]
         rows += [[name, f"{took * 1000 / self.steps:.3f}"] for name, took in seconds.items() if took]
         return aligned(rows)
-
-    def _seen(self) -> Followed:
-        if self._followed is None:
-            self._followed = followed_in(self._profiler.profiler.kineto_results.experimental_event_tree())
-        return self._followed
 
     def _record(self) -> None:
         self._account.begin()

@@ -133,8 +133,10 @@ def _others(totals: Sequence[Any]) -> list[str]:
     if not peaks:
         return []
     least, most = min(peaks, key=lambda rank: peaks[rank]), max(peaks, key=lambda rank: peaks[rank])
-    lines = [f"other ranks: peaks from {readable_bytes(peaks[least])} (rank {least}) "]
-    lines[0] += f"to {readable_bytes(peaks[most])} (rank {most})"
+    lines = [f"rank {least}: peak {readable_bytes(peaks[least])}"]
+    if least != most:
+        lines = [f"other ranks: peaks from {readable_bytes(peaks[least])} (rank {least}) "]
+        lines[0] += f"to {readable_bytes(peaks[most])} (rank {most})"
     if growing := [
         each["rank"] for each in totals if each is not None and each["rank"] and each["grows_bytes_per_step"]
     ]:
