@@ -28,6 +28,15 @@ class Trying(nn.Module):
             return self.linear(x)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
 def ranges_of(model: nn.Module) -> list[tuple[str, str | None]]:
     """(name, name of the range around it), in the order of time."""
     with torch.profiler.profile() as profiler, ModuleRanges(model):
@@ -53,9 +62,11 @@ def test_hooks_are_gone_afterwards() -> None:
 
 
 def test_a_compiled_module_is_one_range_and_is_not_compiled_again() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    from torch._dynamo.testing import CompileCounter
+
+    model = nn.Sequential(Block(), nn.Linear(2, 2))
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     model[0].compile(backend=counter)
     model(torch.ones(1, 2))
     compiled = model[0]._compiled_call_impl

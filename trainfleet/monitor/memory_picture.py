@@ -70,7 +70,7 @@ def draw_memory(report: MemoryReport) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value) if value else "0"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))
     axes.set_ylim(0, report.peak_bytes * 1.12 or 1)
-    axes.set_xlim(0, max(line.seconds, default=0) or 1)
+    axes.set_xlim(0, _width(line))
     _make_calm(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8.5, labelcolor=INK)
@@ -88,12 +88,12 @@ def _mark_peak(axes: Axes, line: Timeline, peak: int) -> None:
         ha="right",
         fontsize=8,
         color=INK,
-    )
+    ).set_in_layout(False)
 
 
 def _mark_phases(axes: Axes, line: Timeline) -> None:
     """Their names above the picture where there is room, and where each begins."""
-    whole = max(line.seconds, default=0) or 1
+    whole = _width(line)
     for name, begin, end in _merged(line.phases):
         if name == "other" or (end - begin) / whole < LEAST_WIDTH:
             continue
@@ -107,7 +107,11 @@ def _mark_phases(axes: Axes, line: Timeline) -> None:
             ha="center",
             fontsize=8,
             color=GRAY,
-        )
+        ).set_in_layout(False)
+
+
+def _width(line: Timeline) -> float:
+    return max([*line.seconds, *(end for _, _, end in line.phases)], default=0.0) or 1.0
 
 
 def _merged(phases: tuple[tuple[str, float, float], ...]) -> list[tuple[str, float, float]]:

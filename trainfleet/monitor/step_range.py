@@ -30,6 +30,14 @@ class StepRange:
             )
         return cls(first, last)
 
+    def what_is_left(self, taken: int, steps: int) -> str:
+        """In words, for a run that begins after `taken` steps and ends after `steps`, and so lacks some of these."""
+        if taken >= self.last:
+            return f"this run begins after step {taken}, so none is looked at"
+        if self.first > steps:
+            return f"this run ends after step {steps}, so none is looked at"
+        return f"this run begins after step {taken}, so only those after it are looked at"
+
     def __contains__(self, step: int) -> bool:
         return self.first <= step <= self.last
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
 from trainfleet.errors import DependencyError
-from trainfleet.events import Event, Noted, StepEnded
+from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import MemoryProfiler, MemoryReport, RunFolder
 from trainfleet.monitor.memory_picture import write_memory_picture
 from trainfleet.monitor.step_range import StepRange
@@ -28,22 +28,22 @@ class MemoryWatch(Watcher):
     def __init__(self, steps: StepRange, folder: RunFolder, group: Group) -> None:
         self._steps, self._folder, self._group = steps, folder, group
         self._engine: Engine | None = None
-        self._emit: Callable[[Event], None] | None = None
         self._last = steps.last
         self._profiler: MemoryProfiler | None = None
         self._begun = False
 
-    def start(self, engine: Engine, emit: Callable[[Event], None], taken: int, steps: int) -> None:
-        self._engine, self._emit = engine, emit
+    def hear(self, event: Event) -> None:
+        if not isinstance(event, RunStarted):
+            return
+        taken, steps = event.start_step, event.steps
         self._last = min(self._steps.last, steps)
         if self._group.rank == 0 and (taken >= self._steps.first or self._steps.first > steps):
-            when = f"begins after step {taken}" if taken >= self._steps.first else f"ends after step {steps}"
             logger.warning(
-                "monitor.memory asks for step %s, but this run %s%s.",
-                self._steps,
-                when,
-                ": the rest of them is followed" if taken < self._last and taken >= self._steps.first else "",
+                "monitor.memory asks for step %s, but %s.", self._steps, self._steps.what_is_left(taken, steps)
             )
+
+    def start(self, engine: Engine) -> None:
+        self._engine = engine
 
     def begin(self, step: int, micro_batches: Sequence[Batch]) -> None:
         if step not in self._steps or self._begun:
@@ -96,9 +96,8 @@ class MemoryWatch(Watcher):
 
     def _tell(self, report: MemoryReport, totals: Sequence[Any]) -> None:
         self._write(report, totals)
-        if self._emit is not None:
-            text = "\n".join([*report.headlines(), *_others(totals)])
-            self._emit(Noted(step=report.step, title="memory", text=text))
+        text = "\n".join([*report.headlines(), *_others(totals)])
+        self.emit(Noted(step=report.step, title="memory", text=text))
 
     def _write(self, report: MemoryReport, totals: Sequence[Any]) -> None:
         path = self._folder.memory / f"step_{report.step:06}.json"

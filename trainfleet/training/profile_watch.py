@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
 from trainfleet.errors import DependencyError
-from trainfleet.events import Event, Noted, StepEnded
+from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import RunFolder
 from trainfleet.monitor.memory_picture import write_memory_picture
 from trainfleet.monitor.profile import Profile
@@ -29,23 +29,23 @@ class ProfileWatch(Watcher):
         self._folder, self._group = folder, group
         self._is_asked = config.ranks is None or group.rank in config.ranks
         self._engine: Engine | None = None
-        self._emit: Callable[[Event], None] | None = None
         self._profile: Profile | None = None
         self._done = False
         self._first, self._last = self._range.first, self._range.last
 
-    def start(self, engine: Engine, emit: Callable[[Event], None], taken: int, steps: int) -> None:
-        self._engine, self._emit = engine, emit
+    def hear(self, event: Event) -> None:
+        if not isinstance(event, RunStarted):
+            return
+        taken, steps = event.start_step, event.steps
         self._first = max(self._range.first, taken + 1)
         self._last = min(self._range.last, steps)
         if self._group.rank == 0 and (taken >= self._range.first or self._first > steps):
-            if taken >= self._range.last:
-                what = f"this run begins after step {taken}: none is traced"
-            elif self._first > steps:
-                what = f"this run ends after step {steps}: none is traced"
-            else:
-                what = f"this run begins after step {taken}: the rest of them is traced"
-            logger.warning("monitor.profile asks for step %s, but %s.", self._range, what)
+            logger.warning(
+                "monitor.profile asks for step %s, but %s.", self._range, self._range.what_is_left(taken, steps)
+            )
+
+    def start(self, engine: Engine) -> None:
+        self._engine = engine
 
     def begin(self, step: int, micro_batches: Sequence[Batch]) -> None:
         if self._done or self._profile is not None or not self._is_asked:
@@ -95,11 +95,11 @@ class ProfileWatch(Watcher):
         except Exception:  # like an observer's, its failure does not stop a run
             logger.warning("The profile could not be made; the run goes on.", exc_info=True)
         else:
-            if step is not None and self._group.rank == 0 and self._emit is not None:
+            if step is not None and self._group.rank == 0:
                 table = (self._folder.profile / "operators.txt").read_text(encoding="utf-8")
                 took = f"written in {time.perf_counter() - begun:.1f} s; open a trace in ui.perfetto.dev"
                 text = f"{self._folder.profile}/rank_*.json.gz {took}\n" + "\n".join(table.splitlines()[:16])
-                self._emit(Noted(step=step, title="profile", text=text))
+                self.emit(Noted(step=step, title="profile", text=text))
 
     def _write(self, profile: Profile) -> None:
         folder, rank = self._folder.profile, self._group.rank
