@@ -231,7 +231,7 @@ class Observers:
     counted and said at the end.
     """
 
-    def __init__(self, observers: Iterable[Observer] = (), *, deadline_seconds: float = 10.0) -> None:
+    def __init__(self, observers: Iterable[Observer] = (), *, deadline_seconds: float = 60.0) -> None:
         self.deadline_seconds = deadline_seconds
         self._observers: list[Observer] = []
         self._failed: set[int] = set()

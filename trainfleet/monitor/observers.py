@@ -52,7 +52,7 @@ class MonitorConfig:
     alerts: tuple[str | Alert, ...] | str = ()
     """When to tell somebody: lines such as `loss > 5 for 20 steps` or `anomaly slow_rank`, import paths of functions
     (row) -> bool or text, or sections with `when` and whom to tell: `command`, `webhook`."""
-    observer_deadline_seconds: float = 10.0
+    observer_deadline_seconds: float = 60.0
     """How long the loop waits for an observer that is not ours, at each event, before it leaves it out."""
     wandb: WandbConfig | str | None = None
     """Weights & Biases (extra `wandb`): a section, or the name of a project. null: nothing is sent."""
