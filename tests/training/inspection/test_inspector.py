@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,12 @@ from proof.plants import MARKED, PLANTS, Plant, hunt, hunt_numbered, trainer_of,
 
 from trainfleet.errors import TrainfleetError
 from trainfleet.mesh import Mesh
+from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
 from trainfleet.training.inspection.evidence import read_finding
 from trainfleet.training.inspection.inspector import Inspector
+from trainfleet.training.trainer import Trainer
+from trainfleet.training.watcher import UnderWay, Watcher
 
 ALONE = [plant for plant in PLANTS if plant.nproc == 1]
 TWO_RANKS = [number for number, plant in enumerate(PLANTS) if plant.nproc == 2]
@@ -107,3 +111,36 @@ def test_what_is_finite_the_second_time_is_said_to_be() -> None:
 
     finding = hunt(Plant(name="once", kind="not_again", module=None, loss=once))
     assert finding is not None and finding.kind == "not_again" and "a fault of the machine" in finding.what
+
+
+class Spoiling(torch.nn.Module):
+    """Gives NaN in its third call and in that call's repetition, above a BatchNorm that takes them in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.norm(self.layer(x) * (math.nan if self.calls >= 3 else 1.0))
+
+
+def test_statistics_that_the_step_itself_has_poisoned_are_not_taken_for_its_cause() -> None:
+    found: list[Any] = []
+
+    class Asking(Watcher):
+        def judge(self, under_way: UnderWay) -> None:
+            found.append(inspector.explain(under_way))
+
+    with Mesh.from_env(Plan(), device="cpu") as mesh:
+        model = parallelize(Spoiling(), mesh, Plan())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = [torch.randn(4, 3) for _ in range(3)]
+        inspector = Inspector(model, batches, clip_norm=1.0)
+        trainer = Trainer(
+            model, optimizer, lambda out, _: out.sum(), batches, mesh=mesh, watchers=[inspector, Asking()]
+        )
+        trainer.fit(3)
+    assert found[:2] == [None, None]
+    assert (found[2].kind, found[2].phase) == ("code", "forward") and "layer" in found[2].what

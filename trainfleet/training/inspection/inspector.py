@@ -92,7 +92,8 @@ class Inspector(Watcher):
         engine = under_way.engine
         mesh: Mesh = spread_of(self._model).mesh
         remarks: list[str] = []
-        held = held_by(self._model, mesh)
+        with self._again.as_before():  # what this step has poisoned itself is no cause
+            held = held_by(self._model, mesh)
         watch = Watch(self._model, tallies=tallies)
         loss, norm = self._run_again(under_way, watch, remarks)
         count = len(under_way.micro_batches) * engine.plan.microbatches
