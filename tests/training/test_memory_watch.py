@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from trainfleet.events import Event, Noted  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.monitor import MemoryProfiler, RunFolder  # noqa: E402
-from trainfleet.monitor.step_range import ProfileConfig, StepRange  # noqa: E402
+from trainfleet.monitor.profiling.step_range import ProfileConfig, StepRange  # noqa: E402
 from trainfleet.parallel import parallelize  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
 from trainfleet.training.memory_watch import MemoryWatch  # noqa: E402

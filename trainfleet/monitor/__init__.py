@@ -6,9 +6,9 @@ from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines, read_events, read_metrics
 from trainfleet.monitor.memory import private_bytes, resident_bytes, used_bytes
-from trainfleet.monitor.memory_profiler import MemoryProfiler
-from trainfleet.monitor.memory_report import MemoryReport
 from trainfleet.monitor.observers import MonitorConfig, observers_for, system_numbers
+from trainfleet.monitor.profiling.memory_profiler import MemoryProfiler
+from trainfleet.monitor.profiling.memory_report import MemoryReport
 from trainfleet.monitor.run_folder import RunFolder
 from trainfleet.monitor.samples import Samples
 from trainfleet.monitor.services import Mlflow, Prometheus, WandB

@@ -17,10 +17,10 @@ from trainfleet.monitor.console import Console
 from trainfleet.monitor.csv_table import CsvTable
 from trainfleet.monitor.curve import LossCurve
 from trainfleet.monitor.jsonl import JsonLines
+from trainfleet.monitor.profiling.step_range import MemoryConfig, ProfileConfig, refuse_overlap
 from trainfleet.monitor.run_folder import RunFolder
 from trainfleet.monitor.samples import Samples
 from trainfleet.monitor.services import Mlflow, MlflowConfig, Prometheus, PrometheusConfig, WandB, WandbConfig
-from trainfleet.monitor.step_range import MemoryConfig, ProfileConfig, refuse_overlap
 from trainfleet.monitor.system import SystemSampler
 from trainfleet.monitor.tensorboard import TensorBoard
 from trainfleet.plan import STRICT

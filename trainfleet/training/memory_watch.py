@@ -12,8 +12,8 @@ from trainfleet.comm.group import Group
 from trainfleet.errors import DependencyError
 from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import MemoryProfiler, MemoryReport, RunFolder
-from trainfleet.monitor.memory_picture import write_memory_picture
-from trainfleet.monitor.step_range import StepRange
+from trainfleet.monitor.profiling.memory_picture import write_memory_picture
+from trainfleet.monitor.profiling.step_range import StepRange
 from trainfleet.monitor.units import readable_bytes
 from trainfleet.parallel import Engine
 from trainfleet.stopwatch import timed

@@ -11,9 +11,9 @@ from trainfleet.comm.group import Group
 from trainfleet.errors import DependencyError
 from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import RunFolder
-from trainfleet.monitor.memory_picture import write_memory_picture
-from trainfleet.monitor.profile import Profile
-from trainfleet.monitor.step_range import ProfileConfig
+from trainfleet.monitor.profiling.memory_picture import write_memory_picture
+from trainfleet.monitor.profiling.profile import Profile
+from trainfleet.monitor.profiling.step_range import ProfileConfig
 from trainfleet.parallel import Engine
 from trainfleet.stopwatch import timed
 from trainfleet.training.watcher import Watcher

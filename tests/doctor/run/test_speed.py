@@ -137,6 +137,11 @@ def test_observers_that_cost_are_told_with_the_interval():
     assert "9% of the time" in found.fact and "monitor.log_interval=190 (now 10)" in found.remedy
 
 
+def test_what_is_written_once_is_no_cost_of_observers():
+    steps = [step(number, phases={**HEALTHY, "observers": 9.0 if number == 10 else 0.0}) for number in range(1, 201)]
+    assert list(speed.observers_cost(run(warm=rows(*steps)))) == []
+
+
 def test_batches_that_travel_long_are_told():
     found = only(speed.moves, run({"transfer": 0.1}))
     assert "bringing batches to the device" in found.fact and "data.on_device" in found.remedy

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainfleet.monitor.allocations import Block, Range
-from trainfleet.monitor.growth import Growth
-from trainfleet.monitor.holdings import Holding
-from trainfleet.monitor.memory_report import MemoryReport, report_of
+from trainfleet.monitor.profiling.allocations import Block, Range
+from trainfleet.monitor.profiling.growth import Growth
+from trainfleet.monitor.profiling.holdings import Holding
+from trainfleet.monitor.profiling.memory_report import MemoryReport, report_of
 
 PHASES = [Range("forward", 10, 20), Range("backward", 20, 30)]
 
@@ -56,7 +56,7 @@ def test_the_text_gathers_modules_that_differ_by_number_and_the_json_is_strict()
 
 
 def test_the_timeline_keeps_the_peak_however_far_it_is_thinned(monkeypatch: Any) -> None:
-    monkeypatch.setattr("trainfleet.monitor.memory_report.MAX_POINTS", 2)
+    monkeypatch.setattr("trainfleet.monitor.profiling.memory_report.MAX_POINTS", 2)
     line = report().timeline
     assert len(line.seconds) <= 4
     assert max(sum(values) for values in zip(*line.bytes.values())) == 3300

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.monitor.account import Account
-from trainfleet.monitor.allocations import Allocations, Followed
-from trainfleet.monitor.memory_report import MemoryReport
+from trainfleet.monitor.profiling.account import Account
+from trainfleet.monitor.profiling.allocations import Allocations, Followed
+from trainfleet.monitor.profiling.memory_report import MemoryReport
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from trainfleet.monitor.module_ranges import ModuleRanges  # noqa: E402
+from trainfleet.monitor.profiling.module_ranges import ModuleRanges  # noqa: E402
 
 
 class Failing(nn.Module):

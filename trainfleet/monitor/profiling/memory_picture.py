@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainfleet.deps import require
-from trainfleet.monitor.holdings import KINDS
-from trainfleet.monitor.memory_report import MemoryReport, Timeline
+from trainfleet.monitor.profiling.holdings import KINDS
+from trainfleet.monitor.profiling.memory_report import MemoryReport, Timeline
 from trainfleet.monitor.units import readable_bytes, readable_duration
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.monitor.allocations import MODULE
+from trainfleet.monitor.profiling.allocations import MODULE
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from trainfleet.monitor.profiling.torch_profiler import new_profiler
+
 PHASE, MODULE = "phase: ", "module: "
 """How the names of ranges begin that tell the phase of a step, and the module whose forward runs."""
 _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer.step#"
@@ -103,14 +105,7 @@ class Allocations:
 
     def start(self) -> None:
         """RuntimeError where another profiler of torch runs already: it has one at a time."""
-        from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-        from torch.profiler import ProfilerActivity, profile
-
-        if _profiler_enabled():
-            raise RuntimeError(
-                "Memory cannot be followed while another profiler of torch runs. Measure steps in which none does."
-            )
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True)
+        self._profiler = new_profiler()
         self._profiler.start()
 
     def stop(self) -> Followed:

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch.autograd.profiler import record_function  # noqa: E402
 
-from trainfleet.monitor.allocations import MODULE, PHASE, Allocations, Followed  # noqa: E402
+from trainfleet.monitor.profiling.allocations import MODULE, PHASE, Allocations, Followed  # noqa: E402
 
 SIZE = 40_000
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trainfleet.monitor.allocations import Block
-from trainfleet.monitor.growth import growth_of, is_rising, slope
-from trainfleet.monitor.holdings import Holding
+from trainfleet.monitor.profiling.allocations import Block
+from trainfleet.monitor.profiling.growth import growth_of, is_rising, slope
+from trainfleet.monitor.profiling.holdings import Holding
 
 ENDS = [10, 20, 30, 40, 50]
 

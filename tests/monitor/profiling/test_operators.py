@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from trainfleet.monitor.allocations import Range
-from trainfleet.monitor.operators import MOST, module_table, operator_table
+from trainfleet.monitor.profiling.allocations import Range
+from trainfleet.monitor.profiling.operators import MOST, module_table, operator_table
 
 
 def row(key: str, own: float, *, device: float = 0.0, count: int = 2, memory: int = 0) -> SimpleNamespace:

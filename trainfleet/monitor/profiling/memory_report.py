@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainfleet.monitor.allocations import Range
-from trainfleet.monitor.growth import Growth
-from trainfleet.monitor.holdings import KINDS, Holding
+from trainfleet.monitor.profiling.allocations import Range
+from trainfleet.monitor.profiling.growth import Growth
+from trainfleet.monitor.profiling.holdings import KINDS, Holding
 from trainfleet.monitor.units import readable_bytes
 
 MAX_POINTS = 2000

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.monitor.account import Account
-from trainfleet.monitor.allocations import MODULE, PHASE, Range, followed_in
-from trainfleet.monitor.memory_report import MemoryReport, aligned
-from trainfleet.monitor.operators import module_table, operator_table
+from trainfleet.monitor.profiling.account import Account
+from trainfleet.monitor.profiling.allocations import MODULE, PHASE, Range, followed_in
+from trainfleet.monitor.profiling.memory_report import MemoryReport, aligned
+from trainfleet.monitor.profiling.operators import module_table, operator_table
+from trainfleet.monitor.profiling.torch_profiler import new_profiler
 from trainfleet.stopwatch import PHASES
 
 if TYPE_CHECKING:
@@ -45,18 +46,7 @@ class Profile:
 
     def start(self, *, warm_up: bool) -> None:
         """Begin with a step that warms up, or record at once. RuntimeError where a profiler of torch runs already."""
-        import torch
-        from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-        from torch.profiler import ProfilerActivity, profile
-
-        if _profiler_enabled():
-            raise RuntimeError("another profiler of torch runs, and it has one at a time.")
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(
-            activities=activities, profile_memory=True, record_shapes=True, with_stack=self._with_stack
-        )
+        self._profiler = new_profiler(with_stack=self._with_stack, of_devices=True)
         self._profiler.prepare_trace()
         self._account.open()
         if not warm_up:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from trainfleet.monitor.allocations import MODULE, PHASE, Range
-from trainfleet.monitor.memory_report import aligned
+from trainfleet.monitor.profiling.allocations import MODULE, PHASE, Range
+from trainfleet.monitor.profiling.memory_report import aligned
 from trainfleet.monitor.units import readable_bytes
 
 MOST = 30

@@ -9,12 +9,12 @@ import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from trainfleet.monitor.allocations import PHASE, Block, Followed
-from trainfleet.monitor.growth import growth_of
-from trainfleet.monitor.holders import Held, all_held, held_by, storages_of
-from trainfleet.monitor.holdings import Look, end_unseen, holdings
-from trainfleet.monitor.memory_report import MemoryReport, report_of
-from trainfleet.monitor.module_ranges import ModuleRanges
+from trainfleet.monitor.profiling.allocations import PHASE, Block, Followed
+from trainfleet.monitor.profiling.growth import growth_of
+from trainfleet.monitor.profiling.holders import Held, all_held, held_by, storages_of
+from trainfleet.monitor.profiling.holdings import Look, end_unseen, holdings
+from trainfleet.monitor.profiling.memory_report import MemoryReport, report_of
+from trainfleet.monitor.profiling.module_ranges import ModuleRanges
 from trainfleet.stopwatch import marked
 
 if TYPE_CHECKING:

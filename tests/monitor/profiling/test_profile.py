@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from trainfleet.monitor.profile import Profile  # noqa: E402
+from trainfleet.monitor.profiling.profile import Profile  # noqa: E402
 from trainfleet.stopwatch import Stopwatch, timed  # noqa: E402
 
 

@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainfleet.monitor.allocations import COLLECTIVES, Block, Followed, Range
-from trainfleet.monitor.holders import Held
+from trainfleet.monitor.profiling.allocations import COLLECTIVES, Block, Followed, Range
+from trainfleet.monitor.profiling.holders import Held
 
 KINDS = (
     *("parameters", "gathered", "gradients", "optimizer", "buffers", "activations"),

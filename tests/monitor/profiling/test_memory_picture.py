@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from trainfleet.monitor.growth import Growth
-from trainfleet.monitor.holdings import KINDS
-from trainfleet.monitor.memory_picture import COLORS, draw_memory, write_memory_picture
-from trainfleet.monitor.memory_report import MemoryReport, Timeline
+from trainfleet.monitor.profiling.growth import Growth
+from trainfleet.monitor.profiling.holdings import KINDS
+from trainfleet.monitor.profiling.memory_picture import COLORS, draw_memory, write_memory_picture
+from trainfleet.monitor.profiling.memory_report import MemoryReport, Timeline
 
 
 def report(**more: object) -> MemoryReport:

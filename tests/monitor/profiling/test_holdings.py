@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trainfleet.monitor.allocations import Block, Followed, Range
-from trainfleet.monitor.holders import Held
-from trainfleet.monitor.holdings import Look, end_unseen, holdings
+from trainfleet.monitor.profiling.allocations import Block, Followed, Range
+from trainfleet.monitor.profiling.holders import Held
+from trainfleet.monitor.profiling.holdings import Look, end_unseen, holdings
 
 PHASES = (Range("forward", 0, 100), Range("backward", 100, 200), Range("optimizer", 200, 300))
 BACKWARD = "autograd::engine::evaluate_function: X"

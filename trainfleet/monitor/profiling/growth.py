@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainfleet.monitor.holdings import Holding
+from trainfleet.monitor.profiling.holdings import Holding
 from trainfleet.monitor.units import readable_bytes
 
 _Value = TypeVar("_Value")

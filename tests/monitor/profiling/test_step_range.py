@@ -4,7 +4,7 @@ import pytest
 
 from trainfleet.errors import ConfigError
 from trainfleet.monitor import MonitorConfig
-from trainfleet.monitor.step_range import MemoryConfig, ProfileConfig, StepRange
+from trainfleet.monitor.profiling.step_range import MemoryConfig, ProfileConfig, StepRange
 
 
 @pytest.mark.parametrize(("given", "first", "last"), [(3, 3, 3), ("3", 3, 3), ("10-12", 10, 12), (" 1 - 2 ", 1, 2)])

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from trainfleet.monitor.holders import all_held, held_by, storages_of  # noqa: E402
+from trainfleet.monitor.profiling.holders import all_held, held_by, storages_of  # noqa: E402
 
 
 def test_parameters_gradients_buffers_and_states_are_named_and_views_count_once() -> None:

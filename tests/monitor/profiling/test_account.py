@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from trainfleet.monitor.account import Account  # noqa: E402
-from trainfleet.monitor.allocations import Allocations  # noqa: E402
+from trainfleet.monitor.profiling.account import Account  # noqa: E402
+from trainfleet.monitor.profiling.allocations import Allocations  # noqa: E402
 
 
 def test_what_was_there_ends_when_its_last_holder_lets_go_or_its_storage_is_emptied() -> None:
