@@ -256,14 +256,14 @@ def tracked(plan: Plan) -> list[tuple[int, str, float]]:
     with Mesh.from_env(plan) as mesh:
         stream = Stream(mesh.data_axes.rank, mesh.data_axes.size)
         trainer, heard = trainer_of(mesh, plan, stream=stream, report_every=2, evaluation=held_out)
-        loss_fn = trainer.engine._loss_fn  # type: ignore[attr-defined]
+        loss_fn = trainer.engine.loss_fn  # type: ignore[attr-defined]
 
         def telling(output: Any, batch: Any) -> Any:
             track("micro-batches", 1, reduce="sum")
             track("step", trainer.step + 1, reduce="max")
             return loss_fn(output, batch)
 
-        trainer.engine._loss_fn = telling  # type: ignore[attr-defined]
+        trainer.engine.loss_fn = telling  # type: ignore[attr-defined]
         trainer.fit(3)
         told = [(event.step, event.name, event.value) for event in heard.of(Tracked)]
         return [*told, *((-1, *item) for event in heard.of(Evaluated) for item in event.metrics.items())]

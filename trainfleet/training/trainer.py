@@ -32,9 +32,9 @@ from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
 from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks
-from trainfleet.training.anomalies import anomaly_watchers
 from trainfleet.training.evaluations import Evaluations
 from trainfleet.training.failure import note_step
+from trainfleet.training.inspection import Inspector
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.rank_reports import RankReports
 from trainfleet.training.recipe import TrainConfig
@@ -45,6 +45,7 @@ from trainfleet.training.stop import StopVote
 from trainfleet.training.supply import Supply
 from trainfleet.training.utilisation import Utilisation
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher, Watchers
+from trainfleet.training.watching import watchers_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,9 +60,9 @@ class Trainer:
         Trainer(model, optimizer, loss_fn, batches, mesh=mesh).fit(steps=10_000)
 
     `evaluation` gives the batches of one pass each time it is called. `states` are further things to save and
-    restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank: those of
-    AnomalyConfig() unless given. Each `report_every` steps all ranks tell what they measured, with the numbers of
-    their machine that `system` gives; `utilisation` knows the MFU of a step.
+    restore; observers that are Stateful are saved as well. `watchers` look at each step on every rank: unless given,
+    those of AnomalyConfig(), with an Inspector. Each `report_every` steps all ranks tell what they measured, with the
+    numbers of their machine that `system` gives; `utilisation` knows the MFU of a step.
     `step_fn(engine, micro_batches) -> LossSum` takes the place of `engine.forward_backward`; `prepare(batch)` is called
     first, on the device. `finish` is called when all steps are done; what it returns stands in the summary of the run,
     a text named `sample` above it.
@@ -120,7 +121,8 @@ class Trainer:
         self._folder = folder
         self._rollbacks: Rollbacks | None = None
         if watchers is None:
-            watchers = anomaly_watchers(AnomalyConfig(), mesh, rolls_back=self.config.rollback_every is not None)
+            inspector = Inspector(model, batches, clip_norm=self.config.clip_norm, step_fn=step_fn)
+            watchers = watchers_for(self.config, mesh, inspector, anomalies=AnomalyConfig())
         self._watchers = Watchers(watchers, self.observers.emit)
         self.observers.add(self._watchers)
         # Of ranks that compute the same on the same data, the first counts.

@@ -10,10 +10,11 @@ from trainfleet.batch import Batch
 from trainfleet.imports import load_object
 from trainfleet.mesh import Mesh
 from trainfleet.monitor import RunFolder
+from trainfleet.monitor.anomalies import AnomalyConfig
 from trainfleet.training.anomalies import anomaly_watchers
 from trainfleet.training.memory_watch import MemoryWatch
 from trainfleet.training.profile_watch import ProfileWatch
-from trainfleet.training.recipe import Recipe
+from trainfleet.training.recipe import Recipe, TrainConfig
 from trainfleet.training.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -28,15 +29,32 @@ def watchers_of(
     """Those that the recipe asks for, in the order in which they are asked."""
     saves = recipe.checkpoint.folder or str(folder.checkpoints)
     inspector = inspector_of(recipe, folder.path, model, batches)
-    anomalies = anomaly_watchers(
-        recipe.monitor.anomalies,
+    watchers = watchers_for(
+        recipe.train,
         mesh,
-        rolls_back=recipe.train.rollback_every is not None,
+        inspector,
+        anomalies=recipe.monitor.anomalies,
         folder=folder.path,
         saves=folder.path if "://" in saves else Path(saves),
-        explain=inspector.explain,
     )
-    return [inspector, *anomalies, *_measuring(recipe, mesh, folder)]
+    return [*watchers, *_measuring(recipe, mesh, folder)]
+
+
+def watchers_for(
+    config: TrainConfig,
+    mesh: Mesh,
+    inspector: Inspector,
+    *,
+    anomalies: AnomalyConfig,
+    folder: Path | None = None,
+    saves: Path | None = None,
+) -> list[Watcher]:
+    """What watches for anomalies, of which `inspector` explains those that are no numbers."""
+    rolls_back = config.rollback_every is not None
+    found = anomaly_watchers(
+        anomalies, mesh, rolls_back=rolls_back, folder=folder, saves=saves, explain=inspector.explain
+    )
+    return [inspector, *found]
 
 
 def _measuring(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> list[Watcher]:
