@@ -260,6 +260,7 @@ class Observers:
                 logger.warning("Observer %s missed the last %d events.", type(observer).__name__, missed)
             elif (close := getattr(observer, "close", None)) is not None:
                 self._call(observer, partial(_close, observer, close), about="close")
+        self._observers = []  # some of them know these
         if self._courier is not None:
             self._courier.end()
             self._courier = None

@@ -15,7 +15,7 @@ from trainfleet.config import load_config
 from trainfleet.deps import installed
 from trainfleet.errors import ConfigError
 from trainfleet.store import FileStore
-from trainfleet.training import job, launch
+from trainfleet.training import dry_run, job, launch
 from trainfleet.training.recipe import Recipe
 
 RECIPE = """
@@ -79,7 +79,7 @@ def calls(monkeypatch):
         made.append(("start", {"recipe": loaded, "command": command, **options}))
         return 143 if loaded.train.seed == 9 else 0
 
-    monkeypatch.setattr(job, "check", check)
+    monkeypatch.setattr(dry_run, "check", check)
     monkeypatch.setattr(job, "run", run)
     monkeypatch.setattr(launch, "run_elastic", run_elastic)
     return made

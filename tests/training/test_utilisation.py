@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from trainfleet.monitor import MonitorConfig
+from trainfleet.tracks import Tracks, track
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.utilisation import open_utilisation
 
@@ -71,3 +74,18 @@ def test_nobody_counts_who_does_not_speak_for_all_or_was_told_not_to() -> None:
     recipe = monitor()
     recipe = replace(recipe, monitor=replace(recipe.monitor, mfu=False))
     assert open_utilisation(recipe, mesh(), nn.Linear(8, 2), squared) is None
+
+
+def test_counting_draws_and_tracks_nothing() -> None:
+    def telling(output: Tensor, batch: Any) -> Tensor:
+        track("seen", random.random() + np.random.rand(), reduce="sum")
+        return squared(output, batch)
+
+    model = nn.Sequential(nn.Linear(8, 2), nn.Dropout(0.5))
+    found = open_utilisation(monitor(log_interval=1), mesh(), model, telling)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+    with Tracks() as tracks:
+        assert found is not None and found.of(1, BATCHES, 1, 0.5)
+    assert tracks.take() == []
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])

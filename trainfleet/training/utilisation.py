@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.batch import Batch
@@ -11,6 +12,7 @@ from trainfleet.mesh import Mesh
 from trainfleet.monitor import MonitorConfig
 from trainfleet.plan import Plan
 from trainfleet.stopwatch import timed
+from trainfleet.tracks import Tracks
 from trainfleet.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Utilisation:
     def _find(self, micro_batches: Sequence[Batch], tokens: int, seconds: float) -> float | None:
         try:
             peak = self._peak = self._peak or self._find_peak()
-            flops = self._flops_of(micro_batches, tokens)
+            with _unnoticed():
+                flops = self._flops_of(micro_batches, tokens)
         except Exception as exc:  # the model runs on tensors without numbers there, which it may refuse in any way
             logger.info("The MFU is not shown: %s", exc)
             flops, peak = None, None
@@ -80,6 +83,20 @@ class Utilisation:
             return self._config.flops_per_token * tokens
         assert self._flops is not None, "a run without flops_per_token counts them"
         return sum(self._flops.of(batch) for batch in micro_batches) * self._mesh.data_axes.size
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """For a model that runs once more: what it draws is drawn again, and what it tracks is not told."""
+    from trainfleet.parallel.randomness import Generators
+
+    generators = Generators()
+    before = generators.state_dict()
+    try:
+        with Tracks(counts=False):
+            yield
+    finally:
+        generators.load_state_dict(before)
 
 
 def open_utilisation(

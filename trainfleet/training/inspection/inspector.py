@@ -21,6 +21,7 @@ from trainfleet.errors import DataError, PeerError
 from trainfleet.events import StepEnded
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.spread import spread_of
+from trainfleet.tracks import Tracks
 from trainfleet.training.inspection.again import Again, StepFunction
 from trainfleet.training.inspection.evidence import place_for, write_batches, write_finding
 from trainfleet.training.inspection.fields import fields_of
@@ -120,7 +121,7 @@ class Inspector(Watcher):
         engine: Any = under_way.engine
         one_by_one = spread_of(self._model).mesh.world_size == 1
         loss_fn = engine.loss_fn
-        with self._again.as_before() as is_compiled:
+        with self._again.as_before() as is_compiled, Tracks(counts=False):
             try:
                 with watch:
                     engine.loss_fn = watch.loss_function(loss_fn, one_by_one)
@@ -136,7 +137,7 @@ class Inspector(Watcher):
         if is_compiled:
             remarks.append("Compiled modules ran as they were written, for what is inside of them cannot be seen.")
         if remarks and loss != loss and "could not" in remarks[0]:
-            with self._again.as_before():
+            with self._again.as_before(), Tracks(counts=False):
                 loss = self._step_fn(engine, under_way.micro_batches).mean
         return loss, engine.clip(self._clip_norm)
 
