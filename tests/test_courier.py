@@ -174,7 +174,15 @@ def test_what_ends_a_program_ends_the_loop(error):
     assert caught.value is error or caught.type is error
 
 
-def test_ctrl_c_reaches_a_loop_that_waits_for_an_observer_which_then_ends_in_its_own_time():
+@pytest.fixture
+def interruptible():
+    """Whoever was started in the background of a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_reaches_a_loop_that_waits_for_an_observer_which_then_ends_in_its_own_time(interruptible):
     class Slow(Listens):
         def on_event(self, event: Event) -> None:
             if not self.heard:
@@ -190,7 +198,7 @@ def test_ctrl_c_reaches_a_loop_that_waits_for_an_observer_which_then_ends_in_its
     assert [type(event).__name__ for event in slow.heard] == ["Tracked", "Noted"], "in order, one at a time"
 
 
-def test_the_deadline_is_that_of_each_call_and_not_of_those_before_it():
+def test_the_deadline_is_that_of_each_call_and_not_of_those_before_it(interruptible):
     class Slow(Listens):
         def on_event(self, event: Event) -> None:
             if not self.heard:
@@ -206,7 +214,7 @@ def test_the_deadline_is_that_of_each_call_and_not_of_those_before_it():
     assert len(slow.heard) == 2
 
 
-def test_a_call_that_waits_behind_one_that_blocks_is_made_by_another_thread():
+def test_a_call_that_waits_behind_one_that_blocks_is_made_by_another_thread(interruptible):
     let_go, made = threading.Event(), []
     courier = Courier()
 

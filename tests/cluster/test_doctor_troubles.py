@@ -147,6 +147,7 @@ def test_a_slow_disk_faked(tmp_path):
 
 
 @pytest.mark.skipif(not can(["strace", "-e", "trace=none", "true"]), reason="strace delays the system's answer")
+@pytest.mark.matrix
 def test_a_slow_disk(tmp_path):
     place = broken_torch(tmp_path / "path", "raise ImportError('not looked at here')")
     slow = ["strace", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:delay_exit=150000"]

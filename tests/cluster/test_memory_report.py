@@ -69,7 +69,7 @@ def _report(plan: Plan, steps: int) -> tuple[Measured, MemoryReport]:
 
         step()
         step()
-        measured = measure(step, times=3)
+        measured = measure(step, times=5)
         with MemoryProfiler(model, optimizer, rank=mesh.rank) as profiler:
             for _ in range(steps):
                 step()
