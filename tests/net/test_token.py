@@ -59,6 +59,15 @@ def test_every_single_wrong_character_is_found(token):
             Token.parse(text[:place] + other + text[place + 1 :])
 
 
+@pytest.mark.parametrize("token", [TOKEN, RELAYED])
+def test_every_other_last_letter_is_found(token):
+    """Some of its bits may be of no byte."""
+    text = str(token)
+    for letter in set("abcdefghijklmnopqrstuvwxyz234567") - {text[-1]}:
+        with pytest.raises(NotAdmitted):
+            Token.parse(text[:-1] + letter)
+
+
 def test_a_letter_that_no_token_has_is_named():
     with pytest.raises(NotAdmitted, match="'1' in it"):
         Token.parse(str(TOKEN)[:-1] + "1")

@@ -108,5 +108,5 @@ def test_what_was_done_before_a_rollback_is_not_done_again() -> None:
         )
         trainer.fit(2)
     (note,) = [event for event in told if isinstance(event, Noted) and event.title == "rollback"]
-    assert note.text == "The loss is nan in step 2; back to step 1"
+    assert note.text == "The loss is nan: The batch holds NaN in its array in step 2; back to step 1"
     assert [event.step for event in told if isinstance(event, Evaluated)] == [1, 2]

@@ -86,12 +86,16 @@ class Token:
     def __str__(self) -> str:
         body = _encode(self)
         sized = (len(body) + _CHECK_BYTES).to_bytes(2, "big") + body
-        return PREFIX + base64.b32encode(sized + _digest(sized)).decode().rstrip("=").lower()
+        return PREFIX + _letters(sized + _digest(sized))
 
 
 def is_token(text: str) -> bool:
     """Whether a text means to be a token, as against an address."""
     return text.lstrip().startswith(PREFIX)
+
+
+def _letters(raw: bytes) -> str:
+    return base64.b32encode(raw).decode().rstrip("=").lower()
 
 
 def _digest(sized: bytes) -> bytes:
@@ -117,7 +121,8 @@ def _check(letters: str) -> Token:
         raw += base64.b32decode(rest.upper())
     except binascii.Error as exc:
         raise NotAdmitted(damaged, hint=_REMEDY) from exc
-    if len(letters) != characters or len(raw) != expected or raw[-_CHECK_BYTES:] != _digest(raw[:-_CHECK_BYTES]):
+    # The last letter may have bits that no byte has.
+    if len(raw) != expected or raw[-_CHECK_BYTES:] != _digest(raw[:-_CHECK_BYTES]) or _letters(raw) != letters:
         raise NotAdmitted(damaged, hint=_REMEDY)
     reader = _Reader(raw[2:-_CHECK_BYTES])
     try:
