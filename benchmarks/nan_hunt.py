@@ -23,6 +23,7 @@ from trainfleet import launch
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import make_engine, parallelize
 from trainfleet.plan import Plan
+from trainfleet.training.before import Before
 from trainfleet.training.inspection import Finding, Inspector
 from trainfleet.training.watcher import UnderWay
 
@@ -140,7 +141,7 @@ def _times_of(build: Callable[[], Any], batch: Any, mesh: Mesh, rounds: int) -> 
     model = parallelize(build(), mesh, Plan())
     loss = squares if isinstance(model, Net) else _token_loss
     engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss)
-    inspector = Inspector(model, [], clip_norm=1.0)
+    inspector = Inspector(Before(model), [], clip_norm=1.0)
 
     def step() -> None:
         engine.forward_backward([batch])
@@ -148,7 +149,7 @@ def _times_of(build: Callable[[], Any], batch: Any, mesh: Mesh, rounds: int) -> 
         engine.step()
 
     def waiting() -> None:
-        inspector.begin(1, [batch])
+        inspector.before.begin(1, [batch])
         inspector.explain(_under_way(1.0, 1.0))
 
     def _under_way(loss: float, norm: float) -> UnderWay:
@@ -160,7 +161,7 @@ def _times_of(build: Callable[[], Any], batch: Any, mesh: Mesh, rounds: int) -> 
 
     def hunting() -> None:
         engine.forward_backward([batch])
-        inspector.begin(1, [batch])
+        inspector.before.begin(1, [batch])
         inspector.inspect(_under_way(math.nan, math.nan))
         engine.step()
 

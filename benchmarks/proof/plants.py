@@ -17,9 +17,10 @@ from trainfleet.data import LocalBatches
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
+from trainfleet.parallel.layout import piece_of
 from trainfleet.plan import Plan
+from trainfleet.training.before import Before
 from trainfleet.training.inspection import Finding, Inspector
-from trainfleet.training.inspection.values import local
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.trainer import Trainer
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher
@@ -195,7 +196,7 @@ class BadSteps(torch.optim.AdamW):
         self.taken += 1
         if self.taken == 2:
             with torch.no_grad():
-                local(self.broken).view(-1)[3] = torch.nan
+                piece_of(self.broken).view(-1)[3] = torch.nan
 
 
 class _BreaksBuffer(Watcher):
@@ -363,9 +364,9 @@ def trainer_of(plant: Plant, plan: Plan, mesh: Mesh, folder: Path | None) -> tup
         optimizer.broken = model.get_parameter(plant.breaks)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    inspector = Inspector(model, batches, clip_norm=1.0, folder=folder)
+    inspector = Inspector(Before(model), batches, clip_norm=1.0, folder=folder)
     hunter = Hunter(inspector)
-    watchers = [*([_BreaksBuffer(model)] if plant.breaks_buffer else []), inspector, hunter]
+    watchers = [*([_BreaksBuffer(model)] if plant.breaks_buffer else []), inspector.before, inspector, hunter]
     config = TrainConfig(check_replicas_every=None)
     trainer = Trainer(
         model, optimizer, plant.loss, batches, mesh=mesh, config=config, accumulation=2, watchers=watchers

@@ -53,10 +53,18 @@ def replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_the_report_is_printed_and_progress_goes_to_standard_error(replay: Any) -> None:
     asked, code, out, err = replay("runs/a", "--step", "812", "data.workers=0")
-    assert asked == [("runs/a", 812, {"nproc": None, "batch": None, "overrides": ["data.workers=0"]})] and code == 0
+    plain = {"nproc": None, "batch": None, "overrides": ["data.workers=0"], "feeders": (), "certificates": None}
+    assert asked == [("runs/a", 812, plain)] and code == 0
     assert "step 812 again, from the checkpoint of step 800, on 1 process" in out and "note: A remark." in out
     assert "the run's loss was 0.25, which is 1.0e+00 off; the first step on the way to differ was 810" in out
     assert "Everything in it was finite." in out and err == "step 801 of 812: loss 0.5\n"
+
+
+def test_feeders_are_told(replay: Any) -> None:
+    asked, *_ = replay("runs/a", "--step", "1", "--feed", "here:7700", "--feed", "there:7700", "--certs", "keys")
+    assert asked[0][2]["feeders"] == ["here:7700", "there:7700"] and asked[0][2]["certificates"] == Path("keys")
+    asked, code, _, err = replay("runs/a", "--step", "1", "--certs", "keys")
+    assert not asked and code == 2 and "--certs is for --feed, which is not given" in err
 
 
 def test_programs_get_json(replay: Any) -> None:

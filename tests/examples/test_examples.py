@@ -6,12 +6,12 @@ import ast
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 
 pytest.importorskip("torch", reason="the examples train with torch")
 pytest.importorskip("sklearn", reason="the examples train on scikit-learn's digits")
@@ -43,9 +43,7 @@ def torchrun(name: str) -> list[str]:
 
 def fed(name: str, folder: Path) -> str:
     """What the side that trains said, while the other side made its batches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
+    place = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
     feeder = subprocess.Popen([*python(f"{name}_cpu.py"), place], cwd=folder, env=environment)
     try:
@@ -135,9 +133,7 @@ def test_batches_of_one_host_train_on_another(tmp_path: Path) -> None:
 @pytest.mark.matrix
 def test_a_model_is_validated_and_asked_from_another_host(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="predictions are written by pyarrow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
+    place = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
     programs = [
         subprocess.Popen(
@@ -161,9 +157,7 @@ def test_a_model_is_validated_and_asked_from_another_host(tmp_path: Path) -> Non
 
 @pytest.mark.matrix
 def test_several_hosts_meet_and_train(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    meeting = f"127.0.0.1:{free_port()}"
     short = ["train.steps=2", "train.evaluate_every=null", "train.evaluate_batches=1", "train.finish=null"]
     command = ["bash", str(EXAMPLES / "several_hosts.sh")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from free_ports import free_port
 from small_job import Job, write_job
 
 FAKE_SSH = """#!/usr/bin/env bash
@@ -27,14 +28,8 @@ FAR_HOST=$1 exec bash -c "$2"
 pytestmark = pytest.mark.cluster
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def launch(*words: str) -> list[str]:
-    return ["trainfleet", "launch", "ssh", "recipe.yaml", "--rendezvous", f"127.0.0.1:{port()}", *words]
+    return ["trainfleet", "launch", "ssh", "recipe.yaml", "--rendezvous", f"127.0.0.1:{free_port()}", *words]
 
 
 def with_fake_ssh(job: Job) -> Job:
@@ -112,7 +107,7 @@ def test_the_end_of_the_launcher_is_the_end_everywhere(near: Job, number: signal
 @pytest.mark.matrix
 def test_an_unreachable_host_is_named_and_nothing_is_started(near: Job) -> None:
     words = ["trainfleet", "launch", "ssh", "recipe.yaml", "--hosts", "near,unreachable", "--no-check"]
-    process = near.start([*words, "--rendezvous", f"{socket.gethostname()}:{port()}"])
+    process = near.start([*words, "--rendezvous", f"{socket.gethostname()}:{free_port()}"])
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 8
     assert "trainfleet: ssh does not reach unreachable: ssh: connect to host unreachable port 22: No route" in said
@@ -150,7 +145,7 @@ def far(tmp_path: Path) -> Iterator[Job]:
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(keys / name)], check=True)
     (keys / "authorized").write_text((keys / "user.pub").read_text())
-    number = port()
+    number = free_port()
     (keys / "sshd_config").write_text(
         f"Port {number}\nListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nHostKey {keys}/host\nPidFile none\n"
         f"AuthorizedKeysFile {keys}/authorized\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 from ssh_host import ssh_server
 
 from trainfleet.errors import ConfigError, DependencyError, PeerError
@@ -27,10 +27,8 @@ def test_through_ssh_the_other_side_dials_a_host_between(tmp_path, made, at_host
     with (
         ssh_server(tmp_path) as options,
         Listener("127.0.0.1:0", credentials=made, role="feeder") as listener,
-        socket.create_server(("127.0.0.1", 0)) as free,
     ):
-        far_port = free.getsockname()[1] if asks else 0
-        free.close()
+        far_port = free_port() if asks else 0
         tunnel = open_tunnel(
             "ssh", listener.address.port, host="127.0.0.1", far_port=far_port, ssh_options=options, at_host=at_host
         )

@@ -16,6 +16,7 @@ import numpy as np
 from feeding import read_job, write_job
 
 from trainfleet.errors import ConfigError, DataError
+from trainfleet.training.feed import as_fed, service_of
 from trainfleet.training.job import Given, run
 from trainfleet.training.replay import replay
 
@@ -42,6 +43,10 @@ def files(folder: Path) -> dict[str, str]:
     """Digests of all that is in a run, but for the reports."""
     paths = [path for path in folder.rglob("*") if path.is_file() and "replay" not in path.parts]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def served(path: Path) -> Any:
+    return service_of(read_job(path, "data.workers=1"), address="127.0.0.1:0").open()
 
 
 def finished(folder: Path, given: Given | None = None, **values: Any) -> Path:
@@ -94,6 +99,37 @@ def test_a_saved_batch_takes_the_place_of_the_data(tmp_path: Path) -> None:
     write_batches(tmp_path, [batch])
     found = replay(folder, 4, batch=tmp_path / "batch.safetensors")
     assert found.finding is not None and found.finding.kind == "batch" and math.isnan(found.loss)
+
+
+def only_first(engine: Any, micro_batches: Any) -> Any:
+    LEFT_OUT.append(any(math.isnan(value) for value in micro_batches[1]["input"].flatten().tolist()))
+    return engine.forward_backward(micro_batches[:1])
+
+
+LEFT_OUT: list[bool] = []
+"""By call of `only_first`, whether what it left out holds NaN."""
+
+
+def test_a_step_is_run_again_by_the_step_function_of_its_run(tmp_path: Path) -> None:
+    given = Given(source=Points(4))  # in a second micro-batch
+    train = {"steps": 11, "step_fn": f"{__name__}:only_first", "evaluate_every": None}
+    LEFT_OUT.clear()
+    folder = finished(tmp_path, given, train=train, batch={"global_batch": 8, "micro_batch": 4})
+    step = LEFT_OUT.index(True) + 1
+    found = replay(folder, step, given=given)
+    assert found.finding is None and "to the bit" in found.compared()
+
+
+def test_feeders_make_the_batches_of_a_fed_run_again(tmp_path: Path) -> None:
+    path = write_job(tmp_path, train={"steps": 10}, checkpoint={"every": 4})
+    recipe = read_job(path)
+    with served(path) as service:
+        run(as_fed(recipe, feeders=[str(service.address)]))
+        with pytest.raises(ConfigError, match=r"came from feeders.*keeps no tokens"):
+            replay(recipe.folder, 7)
+    with served(path) as another:
+        found = replay(recipe.folder, 7, feeders=[str(another.address)])
+    assert found.began == 4 and "the run's loss, to the bit" in found.compared()
 
 
 def test_what_cannot_be_repeated_is_refused(tmp_path: Path) -> None:

@@ -31,12 +31,12 @@ def watching(recipe: Recipe, folder: Path) -> list[Watcher]:
 def test_the_anomalies_of_the_recipe_are_watched_for(tmp_path: Path) -> None:
     off = {"monitor": {"anomalies": dict.fromkeys(ANOMALIES)}}
     assert len(watching(Recipe(), tmp_path)) > 4
-    _, left = watching(load_config(Recipe, values=off, env={}).value, tmp_path)
+    _, _, left = watching(load_config(Recipe, values=off, env={}).value, tmp_path)
     assert isinstance(left, Findings)
 
 
 def test_what_is_not_finite_is_explained(tmp_path: Path) -> None:
-    inspector, *others = watching(Recipe(), tmp_path)
-    assert isinstance(inspector, Inspector)
+    before, inspector, *others = watching(Recipe(), tmp_path)
+    assert isinstance(inspector, Inspector) and inspector.before is before, "remembered before it is looked at"
     (judge,) = [each for each in others if isinstance(each, NotFinite)]
     assert judge._explain == inspector.explain

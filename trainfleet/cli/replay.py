@@ -27,6 +27,15 @@ def replay(
     batch: Path | None = typer.Option(
         None, "--batch", help="Micro-batches that the run has saved, in place of that step's data.", metavar="FILE"
     ),
+    feeders: list[str] | None = typer.Option(
+        None,
+        "--feed",
+        help="For a run that was fed: who makes its batches again; may be given again.",
+        metavar="HOST:PORT|TOKEN",
+    ),
+    certs: Path | None = typer.Option(
+        None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
+    ),
     as_json: bool = typer.Option(False, "--json", help="For programs."),
 ) -> None:
     """Take one step of a run again and show what every module gave.
@@ -37,6 +46,7 @@ def replay(
     import json
 
     from trainfleet import log
+    from trainfleet.cli.fed import Fed
     from trainfleet.cli.train import make_importable
     from trainfleet.training import replay as again
 
@@ -44,7 +54,17 @@ def replay(
     for place in reversed(again.places_of_modules(run)):
         make_importable(place)
     make_importable(Path.cwd())
-    found = again.replay(run, step, nproc=nproc, batch=batch, overrides=overrides or [], tell=_Told())
+    fed = Fed(feeders=feeders or (), certs=certs, tunnel=None, own_workers=None)
+    found = again.replay(
+        run,
+        step,
+        nproc=nproc,
+        batch=batch,
+        overrides=overrides or [],
+        feeders=fed.feeders,
+        certificates=fed.certs,
+        tell=_Told(),
+    )
     print(json.dumps(found.to_plain(), indent=2) if as_json else "\n".join(found.lines()))
 
 

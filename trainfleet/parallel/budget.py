@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from trainfleet.comm.group import Group
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.torch_private import innermost_saving_hooks
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,13 @@ class Cost:
 
         def pack(tensor: Tensor) -> object:
             if (storage := _storage(tensor)) not in held:
-                seen[storage] = _local(tensor).untyped_storage().nbytes()
+                seen[storage] = piece_of(tensor).untyped_storage().nbytes()
             return pack_outside(tensor)
 
         self.calls += 1
         with self.timing(), torch.autograd.graph.saved_tensors_hooks(pack, unpack_outside):
             yield
-        own = {_storage(each): _local(each).untyped_storage().nbytes() for each in inputs}
+        own = {_storage(each): piece_of(each).untyped_storage().nbytes() for each in inputs}
         self.kept_bytes = max(self.kept_bytes, sum(seen.values()))
         self.input_bytes = max(self.input_bytes, sum(own.values()))
 
@@ -159,14 +159,9 @@ def _in_tenths(seconds: Sequence[float]) -> list[int]:
     return [max(1, round(10 * each / mean)) if mean else 1 for each in seconds]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _storage(tensor: Tensor) -> StorageWeakRef:
     """Tells memory apart also after it was freed and its address taken by other memory."""
-    return StorageWeakRef(_local(tensor).untyped_storage())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(piece_of(tensor).untyped_storage())  # type: ignore[no-untyped-call]
 
 
 @functools.lru_cache(maxsize=1)

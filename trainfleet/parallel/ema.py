@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from trainfleet.errors import ConfigError, PlanError
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.pieces import as_piece
 from trainfleet.parallel.pipeline.states import absent_averages
 from trainfleet.parallel.spread import spread_of
@@ -30,7 +30,7 @@ class Ema:
                 f"train.ema_decay is {decay} with plan.engine = 'deepspeed' and plan.zero = 3, which hides the weights "
                 "between steps. Set plan.engine to 'native', or plan.zero to 2."
             )
-        self._averages = {name: _local(p).detach().clone() for name, p in self._trained()}
+        self._averages = {name: piece_of(p).clone() for name, p in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         self._spread.rest()  # what a forward left gathered is no piece, and would not notice a change
@@ -40,7 +40,7 @@ class Ema:
     def update(self) -> None:
         """Call after each optimizer step."""
         averages = list(self._averages.values())
-        torch._foreach_lerp_(averages, [_local(p) for _, p in self._trained()], 1.0 - self.decay)
+        torch._foreach_lerp_(averages, [piece_of(p) for _, p in self._trained()], 1.0 - self.decay)
 
     @contextmanager
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Ema:
 
     def _swap(self) -> None:
         for name, parameter in self._trained():
-            weights = _local(parameter)
+            weights = piece_of(parameter)
             kept = weights.clone()
             weights.copy_(self._averages[name])
             self._averages[name].copy_(kept)
@@ -70,7 +70,3 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, average in self._averages.items():
             average.copy_(state[name].local)
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data

@@ -1,4 +1,4 @@
-"""Layout: over which axes of the mesh a tensor is split."""
+"""Layout: over which axes of the mesh a tensor is split, and the piece of it that is here."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def is_split_over(tensor: Tensor, axis: str) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is in the care of FSDP2, which gathers it and scatters its gradient over data-parallel ranks."""
     return isinstance(tensor, DTensor) and _OF_DATA in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def piece_of(tensor: Tensor) -> Tensor:
+    """This rank's piece, without a graph; a tensor that is no DTensor is its own."""
+    own = tensor.detach()
+    return own.to_local() if isinstance(own, DTensor) else own

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainfleet.errors import OutOfMemory
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.spread import spread_of
 from trainfleet.plan import Plan
 from trainfleet.stopwatch import timed
@@ -63,8 +63,8 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, on: torch.device | str) -
 
 
 def _bytes(tensor: Tensor, on: str) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size() if local.device.type == on else 0
+    piece = piece_of(tensor)
+    return piece.numel() * piece.element_size() if piece.device.type == on else 0
 
 
 def _remedies(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from trainfleet.errors import CheckpointError
 from trainfleet.mesh import Axes
-from trainfleet.parallel.layout import axes_of
+from trainfleet.parallel.layout import axes_of, piece_of
 from trainfleet.parallel.optimizers import shard_safe
 from trainfleet.parallel.pipeline.states import absent_state, whole_memory
 from trainfleet.parallel.spread import spread_of
@@ -92,7 +92,7 @@ class ModelState:
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         for name, value in self._entries().items():
             if isinstance(value, Tensor):
-                _local(value).copy_(state[name].local)
+                piece_of(value).copy_(state[name].local)
             else:  # what a module's own get_extra_state gave
                 path, _, _ = name.rpartition(".")
                 self._model.get_submodule(path).set_extra_state(state[name])
@@ -145,8 +145,8 @@ class OptimizerState:
         if not isinstance(value, Tensor):
             return value
         mesh, copy = self._spread.mesh, self._spread.copy_of(name)
-        if value.shape == parameter.shape or (value.ndim and value.shape == _local(parameter).shape):
-            return as_piece(f"{name}.{key}", parameter, _local(value), mesh=mesh, copy=copy)
+        if value.shape == parameter.shape or (value.ndim and value.shape == piece_of(parameter).shape):
+            return as_piece(f"{name}.{key}", parameter, piece_of(value), mesh=mesh, copy=copy)
         return as_piece(f"{name}.{key}", value, mesh=mesh, copy=copy)
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class OptimizerState:
             memory = memories[name]
             for key, value in state["memory"][name].items():
                 if isinstance(memory.get(key), Tensor):
-                    _local(memory[key]).copy_(value.local)
+                    piece_of(memory[key]).copy_(value.local)
                 else:
                     memory[key] = value
             self._optimizer.state[parameter] = memory
@@ -178,7 +178,7 @@ class OptimizerState:
         """
         new = {p for p in self._named.values() if p.requires_grad and not self._optimizer.state.get(p)}
         made: dict[nn.Parameter, dict[str, Any]] = {}
-        kept = [(parameter, parameter.grad, _local(parameter).clone()) for parameter in new]
+        kept = [(parameter, parameter.grad, piece_of(parameter).clone()) for parameter in new]
         try:
             for parameter in new:
                 parameter.grad = torch.zeros_like(parameter)
@@ -188,7 +188,7 @@ class OptimizerState:
             with torch.no_grad():
                 for parameter, gradient, value in kept:
                     parameter.grad = gradient
-                    _local(parameter).copy_(value)
+                    piece_of(parameter).copy_(value)
         return {name: made.get(p) or self._optimizer.state.get(p, {}) for name, p in self._named.items()}
 
 
@@ -215,7 +215,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group, Work
 from trainfleet.errors import PlanError
-from trainfleet.parallel.layout import is_split_over
+from trainfleet.parallel.layout import is_split_over, piece_of
 from trainfleet.parallel.torch_private import with_local
 
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel uses; the first bucket is small so that it leaves early
@@ -55,7 +55,7 @@ class Bucket:
         """Wait, and let each gradient be its part of the bucket."""
         assert self.work is not None and self.flat is not None
         self.work.wait()
-        locals_ = [_local(parameter) for parameter in self.parameters]
+        locals_ = [piece_of(parameter) for parameter in self.parameters]
         parts = torch.split(self.flat, [local.numel() for local in locals_])
         for parameter, local, part in zip(self.parameters, locals_, parts):
             gradient = part.view_as(local)
@@ -151,12 +151,8 @@ class GradientAverage:
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
     """This rank's gradient; of what tensor-parallel ranks have split, that of its piece."""
     if parameter.grad is None:
-        return torch.zeros(_local(parameter).numel(), dtype=parameter.dtype, device=parameter.device)
-    return _local(parameter.grad).reshape(-1)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return torch.zeros(piece_of(parameter).numel(), dtype=parameter.dtype, device=parameter.device)
+    return piece_of(parameter.grad).reshape(-1)
 
 
 def _buckets(parameters: list[nn.Parameter], group: Group) -> list[Bucket]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Group
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.torch_private import offsets_in_whole
 from trainfleet.training.inspection.finding import plain_number
-from trainfleet.training.inspection.values import Tally, local
+from trainfleet.training.inspection.values import Tally
 from trainfleet.training.inspection.watch import Watch
 
 
@@ -64,12 +65,12 @@ Sums = dict[str, tuple[list[int], list[float | str]]]
 
 def before_update(model: nn.Module) -> dict[str, Tensor]:
     """Copies of this rank's pieces of the parameters."""
-    return {name: local(parameter).clone() for name, parameter in model.named_parameters()}
+    return {name: piece_of(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def gradients_now(model: nn.Module) -> dict[str, Tensor]:
     """Copies of this rank's pieces of the gradients that stand in the parameters."""
-    return {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: piece_of(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def anatomy_of(
@@ -112,7 +113,7 @@ def _plain(tally: Tally) -> list[Any]:
 def _sums(model: nn.Module, before: dict[str, Tensor], gradients: dict[str, Tensor]) -> Sums:
     found: Sums = {}
     for name, parameter in model.named_parameters():
-        now, was = local(parameter), before[name]
+        now, was = piece_of(parameter), before[name]
         if not now.numel():
             continue
         offsets = offsets_in_whole(parameter) if isinstance(parameter, DTensor) else (0,) * now.ndim

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from trainfleet.mesh import Mesh
 from trainfleet.monitor.anomalies import AnomalyConfig, Disk, Growth, Pace, SlowRank, Starvation
-from trainfleet.training.buffers import Buffers
 from trainfleet.training.dead_units import DeadUnits
 from trainfleet.training.findings import Findings, OfReports, OfSteps
 from trainfleet.training.not_finite import Explain, NotFinite
@@ -32,8 +31,6 @@ def anomaly_watchers(
     config = config.resolved(rolls_back=rolls_back)
     findings = _findings(config, mesh, saves)
     watchers: list[Watcher] = [findings]
-    if config.forgoes_updates:
-        watchers.append(Buffers())
     if config.loss_not_finite is not None or config.gradient_not_finite is not None:
         watchers.append(NotFinite(config, explain))
     if config.loss_spike is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainfleet.batch import Batch
 from trainfleet.events import StepEnded
 from trainfleet.monitor.anomalies import Finding, Spell
+from trainfleet.parallel.layout import piece_of
 from trainfleet.training.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class DeadUnits(Watcher):
     def _remember(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                self._made_by[_local(output).data_ptr()] = name
+                self._made_by[piece_of(output).data_ptr()] = name
 
         return hook
 
@@ -71,7 +72,7 @@ class DeadUnits(Watcher):
             if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
                 return
             with torch.no_grad():
-                values = _local(inputs[0])
+                values = piece_of(inputs[0])
                 units = values.ndim - 1 if isinstance(module, nn.Linear) else 1
                 if values.numel() and values.ndim > units:
                     maker = self._made_by.get(values.data_ptr(), f"the input of {name}")
@@ -115,8 +116,3 @@ class DeadUnits(Watcher):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._made_by = [], {}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +28,14 @@ from trainfleet.monitor import MonitorConfig, RunFolder
 from trainfleet.store import open_store
 from trainfleet.training.anatomy import Part, anatomy_of, before_update, gradients_now, table
 from trainfleet.training.course import Course
+from trainfleet.training.feed import as_fed
 from trainfleet.training.inspection import Finding, Inspector
 from trainfleet.training.inspection.evidence import FINDING, read_batches, read_finding
 from trainfleet.training.inspection.finding import plain_number
 from trainfleet.training.job import Given, prepared
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher
+from trainfleet.training.watching import inspector_of
 
 if TYPE_CHECKING:
     from trainfleet.training.trainer import Trainer
@@ -106,6 +108,8 @@ def replay(
     nproc: int | None = None,
     batch: str | Path | None = None,
     overrides: Sequence[str] = (),
+    feeders: Sequence[str] = (),
+    certificates: str | Path | None = None,
     given: Given | None = None,
     tell: Tell | None = None,
 ) -> Replayed:
@@ -115,6 +119,7 @@ def replay(
     batch      a file of micro-batches (`anomalies/step_…/batch.safetensors`) in place of that step's own, on the rank
                that its finding names, or the first
     overrides  of the recipe, such as data.args.path=…
+    feeders    addresses or tokens of those that make the batches, for a run that was fed; `certificates` as with a feed
     given      what a program gave in place of the recipe's import paths
 
     ConfigError or DataError where it cannot be repeated, CheckpointError where no checkpoint is whole. Nothing else
@@ -123,7 +128,7 @@ def replay(
     from trainfleet.training.launch import launch
 
     folder = RunFolder(run)
-    recipe = _recipe_of(folder, overrides, given or Given())
+    recipe = _recipe_of(folder, overrides, given or Given(), _ways(feeders, certificates))
     had = _world_size(folder)
     nproc = nproc or had or recipe.plan.fewest_ranks()
     order = _Order(run=str(folder.path), step=step, batch=str(batch) if batch else None, had=had or nproc)
@@ -147,17 +152,27 @@ class _Order:
     """Processes that the run had."""
 
 
-def _recipe_of(folder: RunFolder, overrides: Sequence[str], given: Given) -> Recipe:
+def _ways(feeders: Sequence[str], certificates: str | Path | None) -> dict[str, Any]:
+    """To the feeders; none where there are none."""
+    ways: dict[str, Any] = {"feeders": list(feeders)} if feeders else {}
+    return ways | ({"certificates": str(certificates)} if certificates is not None else {})
+
+
+def _recipe_of(folder: RunFolder, overrides: Sequence[str], given: Given, ways: Mapping[str, Any]) -> Recipe:
     if not folder.recipe.is_file():
         raise ConfigError(
             f"{folder.path} is no run: it has no {folder.recipe.name}.",
             hint="Give the folder that a run has written, such as runs/run.",
         )
     recipe = load_config(Recipe, file=folder.recipe, overrides=list(overrides)).value
+    if ways:
+        own = {key: value for key, value in recipe.data.args.items() if key not in ("feeders", "listen", "tunnel")}
+        return as_fed(replace(recipe, data=replace(recipe.data, args=own)), **ways)
     if recipe.data.source == REMOTE and given.source is None:
         raise ConfigError(
-            "The batches of this run came from feeders, whose addresses and tokens its folder does not keep.",
-            hint="Name the data that they had, which gives the same batches: data.source=… data.args.path=…",
+            "The batches of this run came from feeders, of which its folder keeps no tokens.",
+            hint="Give --feed with feeders of the same recipe, or name the data that they had, which gives the same "
+            "batches: data.source=… data.args.path=…",
         )
     missing = [
         key
@@ -244,7 +259,7 @@ class _Replaying(Watcher):
         if step != self._order.step:
             return
         assert self.inspector is not None and self.trainer is not None
-        self.inspector.begin(step, micro_batches)
+        self.inspector.before.begin(step, micro_batches)
         if self._order.batch is None:
             return
         file = Path(self._order.batch)
@@ -317,7 +332,7 @@ def replay_rank(order: _Order, recipe: Recipe, given: Given, tell: Tell | None) 
         with prepared(recipe, mesh, replace(given, watchers=(replaying,))) as trainer:
             _refuse(order, trainer)
             replaying.trainer = trainer
-            replaying.inspector = Inspector(trainer.model, trainer.batches, clip_norm=recipe.train.clip_norm)
+            replaying.inspector = inspector_of(recipe, None, trainer.model, trainer.batches)
             replaying.began = _restored(order, recipe, trainer, course)
             if tell is not None and mesh.is_main:
                 count = order.step - replaying.began - 1

@@ -32,6 +32,7 @@ from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
 from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks
+from trainfleet.training.before import Before
 from trainfleet.training.evaluations import Evaluations
 from trainfleet.training.failure import note_step
 from trainfleet.training.inspection import Inspector
@@ -121,8 +122,10 @@ class Trainer:
         self._folder = folder
         self._rollbacks: Rollbacks | None = None
         if watchers is None:
-            inspector = Inspector(model, batches, clip_norm=self.config.clip_norm, step_fn=step_fn)
-            watchers = watchers_for(self.config, mesh, inspector, anomalies=AnomalyConfig())
+            anomalies = AnomalyConfig()
+            before = Before(model, whole=anomalies.forgoes_updates)
+            inspector = Inspector(before, batches, clip_norm=self.config.clip_norm, step_fn=step_fn)
+            watchers = watchers_for(self.config, mesh, inspector, anomalies=anomalies)
         self._watchers = Watchers(watchers, self.observers.emit)
         self.observers.add(self._watchers)
         # Of ranks that compute the same on the same data, the first counts.

@@ -54,7 +54,7 @@ def watchers_for(
     found = anomaly_watchers(
         anomalies, mesh, rolls_back=rolls_back, folder=folder, saves=saves, explain=inspector.explain
     )
-    return [inspector, *found]
+    return [inspector.before, inspector, *found]
 
 
 def _measuring(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> list[Watcher]:
@@ -67,9 +67,11 @@ def _measuring(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> list[Watcher]:
     return watchers
 
 
-def inspector_of(recipe: Recipe, folder: Path, model: nn.Module, batches: Iterable[Batch]) -> Inspector:
-    """Explains the steps of the recipe's run that are not finite, and keeps what it finds in `folder`."""
+def inspector_of(recipe: Recipe, folder: Path | None, model: nn.Module, batches: Iterable[Batch]) -> Inspector:
+    """Explains the steps of the recipe's run that are not finite, and keeps what it finds in `folder`, if any."""
+    from trainfleet.training.before import Before
     from trainfleet.training.inspection import Inspector
 
     step_fn = load_object(recipe.train.step_fn, key="train.step_fn") if recipe.train.step_fn else None
-    return Inspector(model, batches, clip_norm=recipe.train.clip_norm, folder=folder, step_fn=step_fn)
+    before = Before(model, whole=recipe.monitor.anomalies.forgoes_updates)
+    return Inspector(before, batches, clip_norm=recipe.train.clip_norm, folder=folder, step_fn=step_fn)

@@ -18,6 +18,7 @@ from trainfleet.errors import TrainfleetError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
+from trainfleet.training.before import Before
 from trainfleet.training.inspection.evidence import read_finding
 from trainfleet.training.inspection.inspector import Inspector
 from trainfleet.training.trainer import Trainer
@@ -137,9 +138,14 @@ def test_statistics_that_the_step_itself_has_poisoned_are_not_taken_for_its_caus
         model = parallelize(Spoiling(), mesh, Plan())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         batches = [torch.randn(4, 3) for _ in range(3)]
-        inspector = Inspector(model, batches, clip_norm=1.0)
+        inspector = Inspector(Before(model), batches, clip_norm=1.0)
         trainer = Trainer(
-            model, optimizer, lambda out, _: out.sum(), batches, mesh=mesh, watchers=[inspector, Asking()]
+            model,
+            optimizer,
+            lambda out, _: out.sum(),
+            batches,
+            mesh=mesh,
+            watchers=[inspector.before, inspector, Asking()],
         )
         trainer.fit(3)
     assert found[:2] == [None, None]

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from trainfleet.comm.group import Links
 from trainfleet.errors import PlanError
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.pipeline.pipe import Pipeline
 from trainfleet.parallel.torch_private import with_local
 
@@ -41,11 +42,11 @@ def sum_tied_gradients(pipeline: Pipeline, model: nn.Module) -> None:
 
 def _as_message(parameter: nn.Parameter) -> Tensor:
     """[whether there is a gradient, its elements]"""
-    local = _local(parameter.detach())
+    local = piece_of(parameter)
     message = torch.zeros(local.numel() + 1, dtype=local.dtype, device=local.device)
     if parameter.grad is not None:
         message[0] = 1
-        message[1:] = _local(parameter.grad).reshape(-1)
+        message[1:] = piece_of(parameter.grad).reshape(-1)
     return message
 
 
@@ -57,7 +58,7 @@ def _take_sum(parameter: nn.Parameter, parts: list[Tensor]) -> None:
     total = present[0].clone()
     for part in present[1:]:
         total += part
-    local = total.view_as(_local(parameter.detach()))
+    local = total.view_as(piece_of(parameter))
     parameter.grad = with_local(parameter, local) if isinstance(parameter, DTensor) else local
 
 
@@ -76,10 +77,6 @@ def refuse_unlike_holders(pipeline: Pipeline, model: nn.Module) -> None:
 
 
 def _layout(parameter: nn.Parameter) -> str:
-    local = _local(parameter.detach())
+    local = piece_of(parameter)
     placements = str(parameter.placements) if isinstance(parameter, DTensor) else "whole"
     return f"{placements} {list(local.shape)}"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,30 +9,33 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import Any, TypeAlias
 
 from trainfleet.batch import Batch, batch_size
 from trainfleet.errors import DataError, PeerError
 from trainfleet.events import StepEnded
+from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
+from trainfleet.parallel import Engine
+from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.spread import spread_of
 from trainfleet.tracks import Tracks
-from trainfleet.training.inspection.again import Again, StepFunction
+from trainfleet.training.before import Before
 from trainfleet.training.inspection.evidence import place_for, write_batches, write_finding
 from trainfleet.training.inspection.fields import fields_of
 from trainfleet.training.inspection.finding import MOST_SAMPLES, Finding, told_ranks
 from trainfleet.training.inspection.held import Held, held_by
 from trainfleet.training.inspection.suspect import Suspect, first_of, of_backward, of_forward
-from trainfleet.training.inspection.values import is_sound, local, values_of
+from trainfleet.training.inspection.values import is_sound, values_of
 from trainfleet.training.inspection.watch import Watch
 from trainfleet.training.watcher import UnderWay, Watcher
 
 logger = logging.getLogger(__name__)
+
+StepFunction: TypeAlias = Callable[[Engine, Sequence[Batch]], LossSum]
 
 MOST_HUNTS = 3
 """In a run: a step under inspection takes the time of several."""
@@ -41,8 +44,8 @@ MOST_HUNTS = 3
 class Inspector(Watcher):
     """Explains steps that are not finite, at most MOST_HUNTS of them, and not two in a row.
 
-        inspector = Inspector(model, batches, clip_norm=1.0, folder=Path("runs/a"))
-        Trainer(..., watchers=[inspector, ...])
+        inspector = Inspector(Before(model), batches, clip_norm=1.0, folder=Path("runs/a"))
+        Trainer(..., watchers=[inspector.before, inspector, ...])
         finding = inspector.explain(under_way)    # on all ranks, from a later watcher's `judge`
 
     `batches` is the stream that the Trainer draws from; one that knows which samples it gave (`taken`) is asked.
@@ -51,21 +54,18 @@ class Inspector(Watcher):
 
     def __init__(
         self,
-        model: nn.Module,
+        before: Before,
         batches: Iterable[Batch],
         *,
         clip_norm: float | None,
         folder: Path | None = None,
         step_fn: StepFunction | None = None,
     ) -> None:
-        self._model, self._batches, self._clip_norm, self._folder = model, batches, clip_norm, folder
+        self.before, self._model = before, before.model
+        self._batches, self._clip_norm, self._folder = batches, clip_norm, folder
         self._step_fn = step_fn or (lambda engine, micro_batches: engine.forward_backward(micro_batches))
-        self._again = Again(model)
         self._hunts = 0
         self._is_armed = True
-
-    def begin(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        self._again.remember()
 
     def end(self, ended: StepEnded) -> None:
         if math.isfinite(ended.loss) and (ended.grad_norm is None or math.isfinite(ended.grad_norm)):
@@ -93,7 +93,7 @@ class Inspector(Watcher):
         engine = under_way.engine
         mesh: Mesh = spread_of(self._model).mesh
         remarks: list[str] = []
-        with self._again.as_before():  # what this step has poisoned itself is no cause
+        with self.before.again():  # what this step has poisoned itself is no cause
             held = held_by(self._model, mesh)
         watch = Watch(self._model, tallies=tallies)
         loss, norm = self._run_again(under_way, watch, remarks)
@@ -109,7 +109,7 @@ class Inspector(Watcher):
             finding = self._of_suspect(under_way, suspects, held, mesh)
         else:
             finding = self._of_gradients(under_way, mesh)
-        late = self._again.late()
+        late = self.before.late()
         if late:
             remarks.append(f"{late[0]} was changed by this step and by none before it; the second run met it changed.")
         seconds = time.perf_counter() - begun
@@ -121,7 +121,7 @@ class Inspector(Watcher):
         engine: Any = under_way.engine
         one_by_one = spread_of(self._model).mesh.world_size == 1
         loss_fn = engine.loss_fn
-        with self._again.as_before() as is_compiled, Tracks(counts=False):
+        with self.before.again() as is_compiled, Tracks(counts=False):
             try:
                 with watch:
                     engine.loss_fn = watch.loss_function(loss_fn, one_by_one)
@@ -137,7 +137,7 @@ class Inspector(Watcher):
         if is_compiled:
             remarks.append("Compiled modules ran as they were written, for what is inside of them cannot be seen.")
         if remarks and loss != loss and "could not" in remarks[0]:
-            with self._again.as_before(), Tracks(counts=False):
+            with self.before.again(), Tracks(counts=False):
                 loss = self._step_fn(engine, under_way.micro_batches).mean
         return loss, engine.clip(self._clip_norm)
 
@@ -234,8 +234,8 @@ class Inspector(Watcher):
                 continue
             if not is_sound(parameter.grad):
                 mine = mine or name
-            elif local(parameter.grad).numel():
-                largest = max(largest, (float(local(parameter.grad).abs().max()), name))
+            elif piece_of(parameter.grad).numel():
+                largest = max(largest, (float(piece_of(parameter.grad).abs().max()), name))
         told = mesh.world.exchange([mine, *largest])
         if summed := [each[0] for each in told if each[0] is not None]:
             what = f"Each gradient of {summed[0]} was finite, and their sum over micro-batches and ranks is not"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from trainfleet.parallel.layout import piece_of
+
 MOST_LINES = 4096
 """Lines of a dimension whose numbers are kept."""
 
@@ -79,19 +81,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and not value.is_meta
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece, without a graph."""
-    value = tensor.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def is_sound(tensor: Tensor) -> bool:
     """Whether every element that this rank has is finite."""
-    return bool(torch.isfinite(local(tensor)).all())
+    return bool(torch.isfinite(piece_of(tensor)).all())
 
 
 def values_of(tensor: Tensor) -> Values:
-    piece = _real(local(tensor))
+    piece = _real(piece_of(tensor))
     finite = piece[torch.isfinite(piece)]
     return Values(
         shape=tuple(piece.shape),
@@ -107,7 +103,7 @@ def lines_of(tensor: Tensor) -> Lines:
     """Where it is not finite; nothing of what lies in pieces along its first dimension, or has none."""
     if isinstance(tensor, DTensor) and any(isinstance(each, Shard) and each.dim == 0 for each in tensor.placements):
         return Lines(())
-    bad = ~torch.isfinite(local(tensor))
+    bad = ~torch.isfinite(piece_of(tensor))
     found = []
     for dim in range(min(bad.ndim, 2)):
         others = [each for each in range(bad.ndim) if each != dim]
@@ -128,7 +124,7 @@ class Tally:
     largest: float = 0.0
 
     def add(self, tensor: Tensor) -> None:
-        piece = _real(local(tensor))
+        piece = _real(piece_of(tensor))
         finite = piece[torch.isfinite(piece)]
         self.count += piece.numel()
         self.finite += finite.numel()
