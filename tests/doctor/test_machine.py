@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 from collections import namedtuple
 
+from trainfleet import container
 from trainfleet.doctor import machine
 from trainfleet.doctor.machine import GIB
 
@@ -15,9 +16,10 @@ def test_a_small_shared_memory_is_told(monkeypatch):
 
 
 def test_the_memory_of_a_container_counts_where_it_is_less(monkeypatch):
-    monkeypatch.setattr(machine, "memory_limit", lambda: GIB)
+    monkeypatch.setattr(container, "memory_limit", lambda: GIB)
+    monkeypatch.setattr(container, "memory_left", lambda: GIB // 2)
     memory = next(machine.check_memory())
-    assert memory.verdict == "note" and "1.0 GiB free, this container may use 1.0 GiB" in memory.fact
+    assert memory.verdict == "note" and "0.5 GiB free, this container may use 1.0 GiB" in memory.fact
 
 
 def test_a_closed_loopback_is_told(monkeypatch):
@@ -44,7 +46,7 @@ def test_an_old_python_is_told(monkeypatch):
 
 
 def test_a_container_with_fewer_cores_is_told(monkeypatch):
-    monkeypatch.setattr(machine, "core_quota", lambda: 0.5)
+    monkeypatch.setattr(container, "core_quota", lambda: 0.5)
     (cores,) = machine.check_processor({})
     assert (
         cores.verdict == "note"
@@ -54,8 +56,8 @@ def test_a_container_with_fewer_cores_is_told(monkeypatch):
 
 
 def test_threads_count_against_the_quota_too(monkeypatch):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(machine, "core_quota", lambda: 2.0)
+    monkeypatch.setattr(container, "allowed_cores", lambda: 8)
+    monkeypatch.setattr(container, "core_quota", lambda: 2.0)
     assert [found.subject for found in machine.check_processor({"OMP_NUM_THREADS": "2"})] == ["cores"]
     _, threads = machine.check_processor({"OMP_NUM_THREADS": "8"})
     assert "8 threads on 2 cores" in threads.fact and "OMP_NUM_THREADS=2" in threads.remedy
@@ -72,6 +74,6 @@ def test_an_interface_that_is_not_there_is_told():
 
 
 def test_few_processes_are_told(monkeypatch):
-    monkeypatch.setattr(machine, "process_limit", lambda: 100)
+    monkeypatch.setattr(container, "process_limit", lambda: 100)
     _, processes = machine.check_limits()
     assert processes.verdict == "note" and "at most 100" in processes.fact and "--pids-limit" in processes.remedy

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainfleet.comm.pmi import has_space
+from trainfleet.container import usable_cores
 from trainfleet.errors import LaunchError
 
 DEFAULT_PORT = 29500  # torch's own choice, so that hosts of unlike launchers meet
@@ -152,8 +153,7 @@ def threads_per_rank(num_local_ranks: int, env: Mapping[str, str] | None = None)
     """A fair share of this host's cores for each of its ranks; None where OMP_NUM_THREADS has been set."""
     if "OMP_NUM_THREADS" in (os.environ if env is None else env):
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_ranks)
+    return max(1, usable_cores() // num_local_ranks)
 
 
 def first_host(nodelist: str) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from trainfleet.doctor.container import core_quota, memory_limit, process_limit
+from trainfleet import container
 from trainfleet.doctor.finding import Finding
 
 GIB = 1 << 30
@@ -45,13 +45,11 @@ def check_processor(variables: Mapping[str, str] = os.environ) -> Iterator[Findi
     """Cores, the quota of a container, and variables that ask for more threads than there are cores."""
     import psutil
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = core_quota()
-    limited = quota is not None and quota < usable
-    cores = max(1, int(quota)) if quota is not None and limited else usable
+    allowed, cores, quota = container.allowed_cores(), container.usable_cores(), container.core_quota()
+    limited = quota is not None and quota < allowed
     yield Finding(
         subject="cores",
-        fact=f"{usable} usable, {psutil.cpu_count(logical=False) or '?'} physical"
+        fact=f"{allowed} usable, {psutil.cpu_count(logical=False) or '?'} physical"
         + (f", but this container may use the time of {quota:g}" if limited else ""),
         verdict="note" if limited else "ok",
         remedy=f"Start no more than {cores} process{'es' * (cores > 1)}, with OMP_NUM_THREADS=1, or raise the limit "
@@ -75,9 +73,8 @@ def check_processor(variables: Mapping[str, str] = os.environ) -> Iterator[Findi
 def check_memory() -> Iterator[Finding]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    limit = memory_limit()
-    free = min(memory.available, limit or memory.available)
+    memory, limit, left = psutil.virtual_memory(), container.memory_limit(), container.memory_left()
+    free = memory.available if left is None else min(memory.available, left)
     yield Finding(
         subject="memory",
         fact=f"{_gib(memory.total)} GiB, {_gib(free)} GiB free"
@@ -115,7 +112,7 @@ def check_limits() -> Iterator[Finding]:
         else f"ulimit -n {min(_unlimited(hard) or 65536, 65536)}, before `trainfleet train`: ranks, data workers and "
         "connections each hold some. For good: LimitNOFILE of the service, or /etc/security/limits.conf.",
     )
-    limits = [_unlimited(resource.getrlimit(resource.RLIMIT_NPROC)[0]), process_limit()]
+    limits = [_unlimited(resource.getrlimit(resource.RLIMIT_NPROC)[0]), container.process_limit()]
     processes = min((limit for limit in limits if limit is not None), default=None)
     few = processes is not None and processes < FEWEST_PROCESSES
     yield Finding(

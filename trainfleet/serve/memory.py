@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
 import psutil
 
+from trainfleet.container import memory_left
 from trainfleet.serve.terms import Answer
 
 INDEX_BYTES = 8
 COLUMNS = ("classes", "confidences", "probabilities", "values")
 """Of an answer, beside the index of each row."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def row_bytes(answer: Answer) -> int:
@@ -29,13 +26,8 @@ def row_bytes(answer: Answer) -> int:
 
 def free_bytes() -> int:
     """Memory that can be had: of the machine, or of the container where that has less."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no container, or `max`
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, max(0, limit - used + int(cached.get("inactive_file", 0))))
-    return free
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
 
 
 def readable(num_bytes: float) -> str:

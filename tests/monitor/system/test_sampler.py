@@ -75,8 +75,9 @@ def test_a_machine_that_tells_nothing_gives_nothing(monkeypatch: pytest.MonkeyPa
     for name in ("cpu_times", "virtual_memory", "disk_io_counters", "net_io_counters"):
         monkeypatch.setattr(psutil, name, refuse)
     monkeypatch.setattr(psutil.Process, "cpu_times", refuse)
-    for name in ("resident_bytes", "memory_limit_bytes"):
-        monkeypatch.setattr(sampler, name, refuse)
+    monkeypatch.setattr(sampler, "resident_bytes", refuse)
+    for name in ("memory_limit", "memory_left"):
+        monkeypatch.setattr(sampler, name, lambda: None)
     look = SystemSampler("/is/not/there", device="cpu")
     time.sleep(0.12)
     assert look.look().flat() == {}
@@ -113,7 +114,8 @@ def test_a_forked_process_tells_of_itself() -> None:
 
 
 def test_container_with_less_than_the_machine_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "memory_limit_bytes", lambda: (1000, 400))
+    monkeypatch.setattr(sampler, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(sampler, "memory_left", lambda: 400)
     stats = SystemSampler(device="cpu").look()
     assert (stats.memory_limit_bytes, stats.memory_available_bytes) == (1000, 400)
 

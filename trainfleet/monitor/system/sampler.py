@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from trainfleet.container import memory_left, memory_limit
 from trainfleet.monitor.memory import resident_bytes
-from trainfleet.monitor.system.container import memory_limit_bytes
 from trainfleet.monitor.system.gpu import Gpus
 from trainfleet.monitor.system.stats import InterfaceStats, SystemStats, of_a_rank
 
@@ -52,16 +52,16 @@ class SystemSampler:
         if now.at - self._before.at >= SHORTEST_SECONDS or now.process != self._before.process:
             self._rates = _rates(self._before, now)
             self._before = now
-        memory, limit = _told(psutil.virtual_memory), _told(memory_limit_bytes)
+        memory, left = _told(psutil.virtual_memory), memory_left()
         available = memory.available if memory is not None else None
-        if limit is not None:
-            available = min(limit[1], limit[1] if available is None else available)
+        if left is not None:
+            available = left if available is None else min(left, available)
         disk = _told(lambda: os.statvfs(self._folder))
         return replace(
             self._rates,
             memory_total_bytes=memory.total if memory is not None else None,
             memory_available_bytes=available,
-            memory_limit_bytes=limit[0] if limit is not None else None,
+            memory_limit_bytes=memory_limit(),
             process_memory_bytes=_told(resident_bytes),
             disk_free_bytes=disk.f_bavail * disk.f_frsize if disk is not None else None,
             disk_total_bytes=disk.f_blocks * disk.f_frsize if disk is not None else None,
