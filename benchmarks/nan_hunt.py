@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from measuring.table import RESULTS, Report, Table
-from proof.plants import MARKED, PLANTS, SAMPLES, Net, Plant, Points, hunt, hunt_numbered, squares, wrong_in
+from proof.plants import PLANTS, Plant, hunt, hunt_numbered, wrong_in
+from proof.rows import MARKED, SAMPLES, Net, Points, squares
 
 from trainfleet import launch
 from trainfleet.mesh import Mesh

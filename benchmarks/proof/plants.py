@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from proof.rows import MARK, MARKED, SAMPLES, Net, Points, marked, squares
+from proof.sentences import Reader, Sentences, reading_loss
 from torch import Tensor, nn
 
 from trainfleet.batch import Batch
@@ -24,95 +26,6 @@ from trainfleet.training.inspection import Finding, Inspector
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.trainer import Trainer
 from trainfleet.training.watcher import Judgement, UnderWay, Watcher
-
-SAMPLES, WIDTH, MARKED = 64, 32, 37
-"""The sample of this index carries a mark in its first number, which hidden states keep in theirs."""
-MARK = 1000.0
-
-
-class Points:
-    """Rows of eight numbers, and what is to be found from them; in one of them a mark."""
-
-    def __init__(self, broken: bool = False) -> None:
-        draw = np.random.default_rng(0)
-        self.inputs = draw.normal(size=(SAMPLES, 8)).astype(np.float32)
-        self.inputs[:, 0] = 0
-        self.inputs[MARKED, 0] = MARK
-        if broken:
-            self.inputs[MARKED, 5] = np.nan
-        self.targets = draw.normal(size=(SAMPLES, 4)).astype(np.float32)
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input": self.inputs[index], "target": self.targets[index]}
-
-
-def marked(hidden: Tensor) -> Tensor:
-    """The rows of the marked sample, also behind a LayerNorm, which leaves sqrt(31) of the mark, and what follows."""
-    return hidden[..., :1] > 4
-
-
-class Block(nn.Module):
-    """Norm, two layers, and the trunk beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.act = nn.GELU()
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-        with torch.no_grad():  # the mark goes on into the branch
-            self.up.weight[0] = torch.eye(WIDTH)[0]
-
-    def before(self, hidden: Tensor) -> Tensor:
-        """Code between `norm` and `up`, for plants."""
-        return hidden
-
-    def join(self, trunk: Tensor, branch: Tensor) -> Tensor:
-        return trunk + branch
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.join(hidden, self.down(self.act(self.up(self.before(self.norm(hidden))))))
-
-
-class Statistics(nn.Module):
-    """Adds a running number to what it is given; its buffer is what a plant breaks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(WIDTH))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        shifted = hidden + 0 * self.mean
-        if self.training and torch.is_grad_enabled():
-            self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
-        return shifted
-
-
-class Net(nn.Module):
-    def __init__(self, depth: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, WIDTH)
-        self.statistics = Statistics()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 4)
-        with torch.no_grad():
-            self.embed.weight[:, 0] = 0  # the mark goes to the first hidden number alone
-            self.embed.weight[0, 0] = 1
-
-    def forward(self, input: Tensor) -> Tensor:
-        hidden = self.statistics(self.embed(input))
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.head(self.norm(hidden))
-
-
-def squares(output: Tensor, batch: Batch) -> LossSum:
-    return LossSum((output - batch["target"]).square().mean(-1).sum(), len(output))
-
 
 # what is planted
 
@@ -145,7 +58,7 @@ def _behind(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> No
     module.forward = changed  # type: ignore[method-assign]
 
 
-def _in_forward(name: str, model: Net) -> None:
+def _in_forward(name: str, model: nn.Module) -> None:
     _behind(model.get_submodule(name), lambda given, found: torch.where(marked(given), torch.nan, found))
 
 
@@ -153,8 +66,21 @@ def _overflow(name: str, model: Net) -> None:
     _behind(model.get_submodule(name), lambda given, found: torch.where(marked(given), found.abs() * 3e38 * 1e3, found))
 
 
-def _in_backward(name: str, model: Net) -> None:
+def _in_backward(name: str, model: nn.Module) -> None:
     _behind(model.get_submodule(name), lambda given, found: _BadBackward.apply(found, marked(given)))
+
+
+def _in_experts(name: str, model: nn.Module) -> None:
+    """In what they make of the marked tokens, wherever the expert lies that makes it."""
+    experts = model.get_submodule(name)
+    forward = experts.forward
+
+    @functools.wraps(forward)
+    def changed(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        found = forward(hidden_states, top_k_index, top_k_weights)
+        return torch.where(marked(hidden_states), torch.nan, found)
+
+    experts.forward = changed  # type: ignore[method-assign]
 
 
 def _in_code(model: Net) -> None:
@@ -219,9 +145,10 @@ class Plant:
     module: str | None
     words: str = ""
     """That the sentence has in it."""
-    into: Callable[[Net], None] | None = None
+    net: Callable[[], nn.Module] = Net
+    points: Callable[[], Any] = Points
+    into: Callable[[Any], None] | None = None
     loss: Callable[[Any, Batch], Any] = squares
-    broken_data: bool = False
     breaks: str | None = None
     """The parameter that the optimizer breaks."""
     breaks_buffer: bool = False
@@ -233,8 +160,21 @@ class Plant:
     """That saw it."""
 
 
-def _module(module: str, into: Callable[[str, Net], None], **settings: Any) -> Plant:
+def _module(module: str, into: Callable[[str, Any], None], **settings: Any) -> Plant:
     return Plant(into=functools.partial(into, module), module=module, **settings)
+
+
+def _reading(module: str, into: Callable[[str, Any], None], *, experts: int = 0, **settings: Any) -> Plant:
+    """In a net that reads sequences."""
+    return _module(
+        module,
+        into,
+        net=functools.partial(Reader, experts),
+        points=functools.partial(Sentences, SAMPLES, MARKED),
+        loss=reading_loss,
+        nproc=2,
+        **settings,
+    )
 
 
 PLANTS = [
@@ -259,7 +199,13 @@ PLANTS = [
         module="blocks.1",
         words="between blocks.1.norm and blocks.1.up",
     ),
-    Plant(name="the data of one sample", broken_data=True, kind="batch", module=None, words="['input']"),
+    Plant(
+        name="the data of one sample",
+        points=functools.partial(Points, broken=True),
+        kind="batch",
+        module=None,
+        words="['input']",
+    ),
     Plant(
         name="a parameter, by the optimizer",
         breaks="blocks.1.up.weight",
@@ -316,6 +262,42 @@ PLANTS = [
         nproc=2,
         ranks=(0, 1),
     ),
+    _reading(
+        "layers.1.norm_after",
+        _in_forward,
+        name="one rank's piece of the sequence, cp=2",
+        kind="module",
+        plan={"cp": 2},
+        words="on rank 1, from which it came to 1 other",
+        ranks=(1,),
+    ),
+    _reading(
+        "layers.1.norm",
+        _in_backward,
+        name="backward behind attention over ranks, cp=2",
+        kind="backward",
+        plan={"cp": 2},
+        words="layers.1.norm",
+        ranks=(1,),
+    ),
+    _reading(
+        "layers.1.norm_after",
+        _in_forward,
+        name="before experts that are dealt out, ep=2",
+        kind="module",
+        plan={"ep": 2},
+        experts=4,
+        ranks=(1,),
+    ),
+    _reading(
+        "layers.1.feed.experts",
+        _in_experts,
+        name="an expert of one rank, ep=2",
+        kind="module",
+        plan={"ep": 2},
+        experts=4,
+        ranks=(1,),
+    ),
 ]
 
 
@@ -350,14 +332,13 @@ def hunt(plant: Plant, *, steps: int = 8, folder: Path | None = None, precision:
 
 def trainer_of(plant: Plant, plan: Plan, mesh: Mesh, folder: Path | None) -> tuple[LocalBatches, Trainer, Hunter]:
     torch.manual_seed(0)
-    model: Any = Net()
+    model: Any = plant.net()
     if plant.into is not None:
         plant.into(model)
-    batches = LocalBatches(
-        Points(plant.broken_data), size=8, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size, seed=1
-    )
-    rows = Points()
-    example = {"input": torch.as_tensor(rows.inputs[:8]), "target": torch.as_tensor(rows.targets[:8])}
+    points = plant.points()
+    batches = LocalBatches(points, size=8, rank=mesh.data_axes.rank, world_size=mesh.data_axes.size, seed=1)
+    rows = [points[index] for index in range(8)]
+    example = {name: torch.as_tensor(np.stack([row[name] for row in rows])) for name in rows[0]}
     model = parallelize(model, mesh, plan, example=example)
     if plant.breaks is not None:
         optimizer: Any = BadSteps(model.parameters(), lr=1e-3)

@@ -58,7 +58,10 @@ def test_a_person_reads_sentence_values_samples_and_place() -> None:
 
 
 def test_the_ranks_that_were_clean_are_said_to_be() -> None:
-    assert told_ranks((0,), 1) == ""
-    assert told_ranks((3,), 4) == ", on rank 3 alone; the other 3 computed what is finite"
-    assert told_ranks((1, 2), 4) == ", on 2 of 4 ranks, 1 first"
-    assert told_ranks((0, 1), 2) == ", on all 2 ranks"
+    assert told_ranks((0,), 0, 1) == ""
+    assert told_ranks((3,), 0, 4) == ", on rank 3 alone; the other 3 computed what is finite"
+    assert told_ranks((1,), 0, 2) == ", on rank 1 alone; the other computed what is finite"
+    assert told_ranks((1,), 1, 2) == ", on rank 1, from which it came to 1 other"
+    assert told_ranks((1,), 3, 8) == ", on rank 1, from which it came to 3 others"
+    assert told_ranks((1, 2), 0, 4) == ", on 2 of 4 ranks, 1 first"
+    assert told_ranks((0, 1), 0, 2) == ", on all 2 ranks"

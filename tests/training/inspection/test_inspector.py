@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from proof.plants import MARKED, PLANTS, Plant, hunt, hunt_numbered, trainer_of, wrong_in
+from proof.plants import PLANTS, Plant, hunt, hunt_numbered, trainer_of, wrong_in
+from proof.rows import MARKED
 
 from trainfleet.errors import TrainfleetError
 from trainfleet.mesh import Mesh

@@ -36,6 +36,5 @@ def test_a_suspect_travels_as_json() -> None:
 
 
 def test_micro_batches_come_before_stages_and_these_before_time() -> None:
-    assert (
-        first_of([(0, suspect(1, 0, 0)), (1, suspect(0, 1, 9)), (2, suspect(0, 1, 5)), (3, suspect(0, 1, 5))])[0] == 2
-    )
+    orders = [(1, 0, 0), (0, 1, 9), (0, 1, 5), (0, 1, 5)]
+    assert first_of([(rank, 0, suspect(*order)) for rank, order in enumerate(orders)])[0] == 2

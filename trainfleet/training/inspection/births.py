@@ -25,7 +25,7 @@ class Birth:
     values: Values
     lines: Lines
     at: int
-    """Rises with time."""
+    """Does not fall with time; on ranks that make the same calls, equal at the same place."""
     call: int
     """Of the model, or of that module where the model itself is not called: 1 is the first of a step."""
     caller: str

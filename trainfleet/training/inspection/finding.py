@@ -32,7 +32,7 @@ class Finding:
     rank: int
     """On which it arose first."""
     ranks: tuple[int, ...] = ()
-    """Those that saw it arise from what they computed; the others were clean."""
+    """Those that saw it arise from what they computed; the others were clean, or got it from these."""
     module: str | None = None
     """The first that produced it, by its name in the model; empty for the model itself, None for none."""
     tensor: str = ""
@@ -104,13 +104,15 @@ def named(module: str | None) -> str:
     return module or "the model"
 
 
-def told_ranks(guilty: Sequence[int], world_size: int) -> str:
-    """Which ranks it arose on, as the end of a sentence; nothing where there is but one."""
+def told_ranks(guilty: Sequence[int], num_reached: int, world_size: int) -> str:
+    """Which ranks it arose on, and how many it came to from there, as the end of a sentence; nothing for one rank."""
     if world_size == 1:
         return ""
     if len(guilty) == 1:
-        others = "the other" if world_size == 2 else f"the other {world_size - 1}"
-        return f", on rank {guilty[0]} alone; {others} computed what is finite"
+        where = f", on rank {guilty[0]}"
+        if num_reached:
+            return f"{where}, from which it came to {num_reached} other{'s' * (num_reached > 1)}"
+        return f"{where} alone; the other{f' {world_size - 1}' * (world_size > 2)} computed what is finite"
     if len(guilty) == world_size:
         return f", on all {world_size} ranks"
     return f", on {len(guilty)} of {world_size} ranks, {guilty[0]} first"

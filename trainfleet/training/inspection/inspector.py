@@ -143,20 +143,21 @@ class Inspector(Watcher):
 
     def _suspects(
         self, watch: Watch, under_way: UnderWay, count: int, *, in_forward: bool
-    ) -> list[tuple[int, Suspect]]:
-        """By rank, what each saw first."""
+    ) -> list[tuple[int, int, Suspect]]:
+        """(rank, place in the data, what it saw first) of those that saw anything."""
         spread = spread_of(self._model)
         mine = (of_forward if in_forward else of_backward)(watch, spread, count)
         if mine is not None and mine.kind == "batch":
             mine = _with_field(mine, under_way)
-        told = spread.mesh.world.exchange(None if mine is None else mine.to_plain())
-        return [(rank, Suspect.from_plain(each)) for rank, each in enumerate(told) if each is not None]
+        told = spread.mesh.world.exchange([spread.mesh.data_axes.rank, None if mine is None else mine.to_plain()])
+        return [(rank, place, Suspect.from_plain(each)) for rank, (place, each) in enumerate(told) if each is not None]
 
     def _of_suspect(
-        self, under_way: UnderWay, suspects: list[tuple[int, Suspect]], held: list[Held], mesh: Mesh
+        self, under_way: UnderWay, suspects: list[tuple[int, int, Suspect]], held: list[Held], mesh: Mesh
     ) -> Finding:
-        rank, first = first_of(suspects)
-        ranks = tuple(each for each, _ in suspects)
+        rank, place, first = first_of(suspects)
+        # Ranks that share a batch hand each other what they compute: who met it later got it from who met it first.
+        ranks = tuple(at for at, its, each in suspects if its != place or each.order == first.order)
         found = next((each for each in held if each.is_used_by(first.around)), None)
         micro_batch, rows, samples, indices = self._samples_of(under_way, first, rank, mesh)
         common: dict[str, Any] = {
@@ -184,7 +185,7 @@ class Inspector(Watcher):
             phase=first.phase,
             module=first.module,
             tensor=first.tensor,
-            what=first.what + told_ranks(ranks, mesh.world_size),
+            what=first.what + told_ranks(ranks, len(suspects) - len(ranks), mesh.world_size),
             values=first.values,
             rows=rows,
             samples=samples,

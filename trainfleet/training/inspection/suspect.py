@@ -184,6 +184,6 @@ def _stage_of(module: str, spread: Spread) -> int:
     return next((max(0, home) for leaf, home in homes.items() if f"{module}.".startswith(f"{leaf}.")), 0)
 
 
-def first_of(suspects: Sequence[tuple[int, Suspect]]) -> tuple[int, Suspect]:
-    """(rank, suspect) of what came first; of several at the same time the one of the lowest rank."""
-    return min(suspects, key=lambda each: (each[1].order, each[0]))
+def first_of(suspects: Sequence[tuple[int, int, Suspect]]) -> tuple[int, int, Suspect]:
+    """(rank, place in the data, suspect) of what came first; of several at one time that of the lowest rank."""
+    return min(suspects, key=lambda each: (each[2].order, each[0]))

@@ -53,7 +53,7 @@ class Watch:
         self._top = Frame("", None, 0, 0, "")  # where no module that is watched calls the others: stages
         self._known: dict[int, tuple[weakref.ref[Tensor], Birth]] = {}
         self._gradients = Gradients(model, self._tally_gradient if tallies else None)
-        self._time = 0
+        self._time = 0  # counted in calls and returns, which ranks that compute the same have alike
         self._gives_up = False
         self._counts = tallies
         self.calls: dict[str, int] = {}
@@ -108,6 +108,7 @@ class Watch:
             return None
 
     def _entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._time += 1
         parent = self._frame
         self.calls[name] = self.calls.get(name, 0) + 1
         if parent is None:
@@ -141,6 +142,7 @@ class Watch:
             self._give_up()
 
     def _left(self, frame: Frame, outputs: list[tuple[str, Tensor]]) -> None:
+        self._time += 1
         self._frame = frame.parent
         above = (frame.parent or self._top).visible
         is_sound_now = True
@@ -198,7 +200,6 @@ class Watch:
         before: str | None = None,
         cause: Birth | None = None,
     ) -> Birth:
-        self._time += 1
         birth = Birth(
             place=place,
             module=module,
