@@ -7,10 +7,11 @@ What has been used is not noted here: that is its owner's place in the stream of
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+Peer = TypeVar("Peer")
 Unit = TypeVar("Unit")
 
 LATE = 3.0
@@ -21,7 +22,7 @@ MOST_ROOM = 512
 
 
 @dataclass
-class _Peer:
+class _Standing:
     room: int
     """Units that it may have at a time."""
     held: dict[int, float] = field(default_factory=dict)  # task: when it was given
@@ -37,11 +38,11 @@ class _Peer:
         return self.pace * (len(self.held) + 1)
 
 
-class Leases(Generic[Unit]):
+class Leases(Generic[Peer, Unit]):
     """Not for several threads: its owner has a lock. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
-        self._peers: dict[Hashable, _Peer] = {}
+        self._peers: dict[Peer, _Standing] = {}
         self._units: dict[int, Unit] = {}  # wanted, and not here
         self._pending: list[int] = []  # a heap of tasks that nobody has
         self.unit_bytes = 0.0
@@ -59,10 +60,10 @@ class Leases(Generic[Unit]):
         """Units that all peers together can have."""
         return sum(peer.room for peer in self._peers.values())
 
-    def join(self, peer: Hashable, *, room: int) -> None:
-        self._peers[peer] = _Peer(max(1, room))
+    def join(self, peer: Peer, *, room: int) -> None:
+        self._peers[peer] = _Standing(max(1, room))
 
-    def leave(self, peer: Hashable) -> int:
+    def leave(self, peer: Peer) -> int:
         """Take back what it has, for others; how many units that were."""
         gone = self._peers.pop(peer, None)
         back = [task for task in (gone.held if gone else ()) if task in self._units and not self._is_held(task)]
@@ -74,9 +75,9 @@ class Leases(Generic[Unit]):
         self._units[task] = unit
         heapq.heappush(self._pending, task)
 
-    def give(self, now: float) -> list[tuple[Hashable, int, Unit]]:
+    def give(self, now: float) -> list[tuple[Peer, int, Unit]]:
         """What to ask of whom now: the first units first, each of the peer where it is back first."""
-        given: list[tuple[Hashable, int, Unit]] = []
+        given: list[tuple[Peer, int, Unit]] = []
         while self._pending:
             free = [
                 (peer.wait, len(peer.held), n) for n, peer in enumerate(self._peers.values()) if self._has_room(peer)
@@ -90,7 +91,7 @@ class Leases(Generic[Unit]):
             given.append(self._give(name, task, now))
         return given
 
-    def arrived(self, peer: Hashable, task: int, now: float, num_bytes: int = 0, *, idle: bool = False) -> bool:
+    def arrived(self, peer: Peer, task: int, now: float, num_bytes: int = 0, *, idle: bool = False) -> bool:
         """An answer is here; whether anybody wanted it. `idle`: the peer has nothing else to do."""
         ours = self._peers.get(peer)
         if ours is not None and (begun := ours.held.pop(task, None)) is not None:
@@ -106,7 +107,7 @@ class Leases(Generic[Unit]):
             self.unit_bytes = _average(self.unit_bytes, num_bytes)
         return True
 
-    def hasten(self, task: int, now: float) -> list[tuple[Hashable, int, Unit]]:
+    def hasten(self, task: int, now: float) -> list[tuple[Peer, int, Unit]]:
         """Ask another peer too for the unit that is waited for, if it is late and someone else is free."""
         if task not in self._units:
             return []
@@ -134,11 +135,11 @@ class Leases(Generic[Unit]):
         """Nothing is wanted any more."""
         self.drop(list(self._units))
 
-    def _give(self, name: Hashable, task: int, now: float) -> tuple[Hashable, int, Unit]:
+    def _give(self, name: Peer, task: int, now: float) -> tuple[Peer, int, Unit]:
         self._peers[name].held[task] = now
         return name, task, self._units[task]
 
-    def _has_room(self, peer: _Peer) -> bool:
+    def _has_room(self, peer: _Standing) -> bool:
         return len(peer.held) < peer.room
 
     def _is_held(self, task: int) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeAlias
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from trainfleet.errors import PeerError
 from trainfleet.net.address import Address
@@ -67,7 +67,10 @@ class Member(Protocol):
     def is_alive(self) -> bool: ...
 
 
-class Peers:
+AnyMember = TypeVar("AnyMember", bound=Member)
+
+
+class Peers(Generic[AnyMember]):
     """Opens a member for each place that is called, and for each who calls; `changed` guards what is shared.
 
     member(name, connect, again)   makes one and starts its line
@@ -78,7 +81,7 @@ class Peers:
     def __init__(
         self,
         ways: Ways,
-        member: Callable[[str, Connect, bool], Member],
+        member: Callable[[str, Connect, bool], AnyMember],
         *,
         role: str,
         admits: str,
@@ -97,7 +100,7 @@ class Peers:
         self._moved = 0.0  # when anything was last heard that brings an answer nearer
         self._progress: dict[str, object] = {}  # by name, what it last said of its own
         self._closing = threading.Event()
-        self._members: list[Member] = []
+        self._members: list[AnyMember] = []
         self._listener: Listener | None = None
         self._entrance: Entrance | None = None
         self._accepting: threading.Thread | None = None
@@ -140,7 +143,7 @@ class Peers:
         return self._listener.address if self._listener is not None else None
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[AnyMember]:
         return list(self._members)
 
     def wait(self, met: Callable[[], bool], what: str, meanwhile: Callable[[], None] | None = None) -> None:

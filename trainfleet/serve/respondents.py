@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-import socket
-import time
-from collections.abc import Hashable, Sequence
 from datetime import timedelta
-from typing import Any
 
 from trainfleet.errors import DataError, NotAdmitted, PeerError, TrainfleetError
-from trainfleet.net.address import Address
 from trainfleet.net.channel import Message
-from trainfleet.net.lease import Leases
-from trainfleet.net.peers import Connect, Member, Peers, Ways
+from trainfleet.net.peers import Connect, Ways
+from trainfleet.net.pool import Pool
 from trainfleet.serve.offer import Offer
 from trainfleet.serve.respondent import Question, Respondent
 from trainfleet.serve.session import FAILURES, weight_of
@@ -26,27 +21,21 @@ _FIRST_ROOM = 4
 _LEAST_AHEAD = 2
 
 
-class Respondents:
+class Respondents(Pool[Question, Answer | TrainfleetError]):
     """`submit`, `receive` and `forget` are for one thread."""
 
     def __init__(self, ways: Ways, *, timeout: timedelta, window_bytes: int) -> None:
-        self.repeated = 0
-        """Batches that were asked for anew, of another service or the same."""
-        self.seconds_waited = 0.0
-        """The caller's, for answers that were not here yet."""
-        self._window_bytes = window_bytes
-        self._peers = Peers(
+        self._window_bytes, self._channel = window_bytes, ways.channel
+        super().__init__(
             ways,
-            self._member,
+            self._respondent,
             role="client",
             admits="gpu-service",
+            called="GPU service",
             timeout=timeout,
             remedy="Start one with `trainfleet gpu-service`, or look at its address with `trainfleet doctor`.",
         )
-        self._ways, self._changed = ways, self._peers.changed
-        self._leases: Leases[Question] = Leases()
         self._waiting_bytes: dict[int, int] = {}  # by task: of the batch, then of its answer
-        self._done: dict[int, Answer | TrainfleetError] = {}
         self._offer: Offer | None = None
         self._peers.open()
 
@@ -55,21 +44,6 @@ class Respondents:
         self._peers.wait(lambda: self._offer is not None, "the first GPU service")
         assert self._offer is not None
         return self._offer
-
-    @property
-    def address(self) -> Address | None:
-        """Where services may connect to, with the port that was chosen; None if they are called."""
-        return self._peers.address
-
-    @property
-    def connected(self) -> int:
-        """Services that are here."""
-        return self._leases.peers
-
-    @property
-    def lost(self) -> int:
-        """Connections to services that ended by themselves."""
-        return self._peers.lost
 
     @property
     def held_bytes(self) -> int:
@@ -88,41 +62,26 @@ class Respondents:
 
     def submit(self, task: int, question: Question) -> None:
         with self._changed:
-            self._leases.add(task, question)
             self._waiting_bytes[task] = question.weight
-        self._hand_out()
-
-    def has(self, task: int) -> bool:
-        """Whether the answer is here."""
-        return task in self._done
+        super().submit(task, question)
 
     def receive(self, task: int) -> Answer | TrainfleetError:
-        """The answer to a submitted task, or what its batch met. Raises PeerError when no service was there, or none
-        came any further, for the whole timeout."""
-        begun = time.monotonic()
-        try:
-            self._peers.wait(lambda: task in self._done, "an answer", lambda: self._hasten(task))
-        finally:
-            self.seconds_waited += time.monotonic() - begun
+        """The answer to a submitted task, or what its batch met. Raises PeerError as `take` does."""
+        found = self.take(task, "an answer")
         with self._changed:
-            found = self._done.pop(task)
             self._waiting_bytes.pop(task)
         return found
 
     def forget(self) -> None:
+        """Drop all that was submitted."""
         with self._changed:
-            self._leases.clear()
-            self._done.clear()
+            tasks = list(self._waiting_bytes)
             self._waiting_bytes.clear()
-        for member in self._peers.members:
-            assert isinstance(member, Respondent)
-            member.forget()
+        self.drop(tasks)
 
     def close(self) -> None:
-        self._peers.close()
+        super().close()
         with self._changed:
-            self._leases.clear()
-            self._done.clear()
             self._waiting_bytes.clear()
 
     # on the respondents' threads
@@ -141,68 +100,21 @@ class Respondents:
         logger.info("GPU service %s is here: %s on %s.", respondent.name, offer.model, offer.device)
         self._hand_out()
 
-    def left(self, respondent: Respondent, reason: PeerError) -> None:
-        with self._changed:
-            here = self._leases.peers
-            back = self._leases.leave(respondent)
-            was_here = self._leases.peers < here
-            self.repeated += back
-        self._peers.left(respondent.name, reason)
-        if was_here:  # else the reason is said when somebody has waited for a while
-            logger.warning("GPU service %s is gone: %s %d batches are asked again.", respondent.name, reason, back)
-        self._hand_out()
-
     def answered(self, respondent: Respondent, message: Message, num_bytes: int) -> None:
         answer = _parsed(message)
-        self._take(respondent, message.head["task"], answer, num_bytes, idle=message.head.get("idle") is True)
+        self.take_in(respondent, message.head["task"], answer, num_bytes, idle=message.head.get("idle") is True)
 
     def unsaid(self, respondent: Respondent, task: int, reason: DataError) -> None:
-        self._take(respondent, task, reason, 0, idle=False)
-
-    def alive(self, respondent: Respondent, progress: object) -> None:
-        self._peers.alive(respondent.name, progress)
-
-    def given_up(self, respondent: Respondent, reason: Exception) -> None:
-        with self._changed:
-            self.repeated += self._leases.leave(respondent)
-        self._peers.given_up(respondent.name, reason)
-        logger.error("GPU service %s is given up: %s", respondent.name, reason)
-        self._hand_out()
+        self.take_in(respondent, task, reason, 0, idle=False)
 
     # between them
 
-    def _member(self, name: str, connect: Connect, again: bool) -> Member:
+    def _keep(self, task: int, found: Answer | TrainfleetError) -> None:
+        super()._keep(task, found)
+        self._waiting_bytes[task] = 0 if isinstance(found, TrainfleetError) else weight_of(found)
+
+    def _respondent(self, name: str, connect: Connect, again: bool) -> Respondent:
         return Respondent(name, connect, self, self._channel, again=again)
-
-    def _channel(self, sock: socket.socket) -> Any:
-        return self._ways.channel(sock)
-
-    def _take(
-        self, respondent: Respondent, task: int, answer: Answer | TrainfleetError, size: int, *, idle: bool
-    ) -> None:
-        with self._changed:
-            self._peers.moved()
-            if self._leases.arrived(respondent, task, time.monotonic(), size, idle=idle):
-                self._done[task] = answer
-                self._waiting_bytes[task] = 0 if isinstance(answer, TrainfleetError) else weight_of(answer)
-                self._changed.notify_all()
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        with self._changed:
-            given = self._leases.give(time.monotonic())
-        self._ask(given)
-
-    def _hasten(self, task: int) -> None:
-        with self._changed:
-            given = self._leases.hasten(task, time.monotonic())
-            self.repeated += len(given)
-        self._ask(given)
-
-    def _ask(self, given: Sequence[tuple[Hashable, int, Question]]) -> None:
-        for respondent, task, question in given:
-            assert isinstance(respondent, Respondent)
-            respondent.ask(task, question)
 
 
 def _parsed(message: Message) -> Answer | TrainfleetError:

@@ -73,7 +73,7 @@ def test_a_batch_comes_from_whoever_has_room(pool):
         for number, _ in list(one.asked):
             pool.made(one, made(number, number), 100)
         assert pool.receive(task).batch == task
-    pool.forget([])
+    pool.drop([])
     assert one.asked[-1:] != ["forget"], "a pool forgets with those whom it started"
 
 

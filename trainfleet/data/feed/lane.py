@@ -27,7 +27,7 @@ class Lane:
 
     def forget(self) -> None:
         numbers, self._numbers = list(self._numbers.values()), {}
-        self._feeders.forget(numbers)
+        self._feeders.drop(numbers)
 
     def close(self) -> None:
         """The feeders stay: whoever opened them closes them."""
