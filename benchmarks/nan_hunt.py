@@ -85,13 +85,10 @@ def detect_anomaly(plant: Plant) -> str | None:
     if plant.nproc > 1 or plant.breaks is not None or plant.breaks_buffer:
         return None
     torch.manual_seed(0)
-    model = Net()
+    model = plant.net()
     if plant.into is not None:
         plant.into(model)
-    batch = {
-        name: torch.as_tensor(array)
-        for name, array in zip(("input", "target"), vars(Points(plant.broken_data)).values())
-    }
+    batch = _rows(plant.points())
     import warnings
 
     with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
@@ -110,7 +107,7 @@ def detect_anomaly(plant: Plant) -> str | None:
 def times(rounds: int) -> Table:
     """Steps, hunts, and steps with detect_anomaly, in turn, so that all meet the same load."""
     sizes: list[tuple[str, Callable[[], Any], Any]] = [
-        ("the small net", Net, _rows),
+        ("the small net", Net, lambda: _rows(Points())),
         ("the recipe's GPT", _gpt, _tokens),
     ]
     rows: list[list[str | float | None]] = []
@@ -184,9 +181,8 @@ def _times_of(build: Callable[[], Any], batch: Any, mesh: Mesh, rounds: int) -> 
     return [plain * 1e3, waited * 1e6, *(each / plain for each in others)]
 
 
-def _rows(broken: bool = False) -> dict[str, torch.Tensor]:
-    rows = Points(broken)
-    return {"input": torch.as_tensor(rows.inputs), "target": torch.as_tensor(rows.targets)}
+def _rows(points: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([torch.as_tensor(points[i][name]) for i in range(SAMPLES)]) for name in points[0]}
 
 
 def _gpt() -> Any:
