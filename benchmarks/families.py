@@ -15,7 +15,7 @@ from proof.nets import NETS
 from proof.running import degrees, held_against_one_process, spread
 
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import Verdict
+from trainfleet.training.proof.verdict import Verdict
 
 PLANS = {
     "zero=3": spread(zero=3, dp_shard=2),

@@ -19,9 +19,9 @@ from proof.running import degrees, work_of
 
 from trainfleet import launch
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace_rank
-from trainfleet.training.verdict import Trace, Verdict
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace_rank
+from trainfleet.training.proof.verdict import Trace, Verdict
 
 
 def main() -> None:

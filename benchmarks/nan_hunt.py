@@ -24,9 +24,9 @@ from trainfleet import launch
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import make_engine, parallelize
 from trainfleet.plan import Plan
-from trainfleet.training.before import Before
 from trainfleet.training.inspection import Finding, Inspector
-from trainfleet.training.watcher import UnderWay
+from trainfleet.training.watchers.before import Before
+from trainfleet.training.watchers.watcher import UnderWay
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from proof.models import MODELS, case_of
 from proof.running import degrees, held_against_one_process, spread
 
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import Verdict
+from trainfleet.training.proof.verdict import Verdict
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
 QUICK = ("tp=2", "pp=2 1f1b")

@@ -14,9 +14,9 @@ from trainfleet.batch import call_with_batch
 from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare, joined
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace, compare, joined
 
 if TYPE_CHECKING:
     from rank_pool import RankPools

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from trainfleet.state import ShardedArray, Stateful
     from trainfleet.store import open_store
     from trainfleet.tracks import track
-    from trainfleet.training.launch import launch
+    from trainfleet.training.proof.verify import verify
+    from trainfleet.training.ranks.launch import launch
     from trainfleet.training.train import train
     from trainfleet.training.trainer import Trainer
-    from trainfleet.training.verify import verify
 
 _HOMES = {
     "trainfleet.checkpoint": ("Checkpointer",),
@@ -40,10 +40,10 @@ _HOMES = {
     "trainfleet.state": ("ShardedArray", "Stateful"),
     "trainfleet.store": ("open_store",),
     "trainfleet.tracks": ("track",),
-    "trainfleet.training.launch": ("launch",),
+    "trainfleet.training.ranks.launch": ("launch",),
     "trainfleet.training.train": ("train",),
     "trainfleet.training.trainer": ("Trainer",),
-    "trainfleet.training.verify": ("verify",),
+    "trainfleet.training.proof.verify": ("verify",),
 }
 
 __all__ = [

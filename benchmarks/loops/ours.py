@@ -18,7 +18,9 @@ from trainfleet.training.schedule import ScheduleConfig
 
 
 class Losses:
-    """An observer that keeps each step's loss; it is that of all ranks."""
+    """An observer that keeps each step's loss; it is that of all ranks. In the loop, as those of a recipe are."""
+
+    in_loop = True
 
     def __init__(self) -> None:
         self.seen: list[float] = []

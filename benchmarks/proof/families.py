@@ -12,7 +12,7 @@ from proof.nets import NETS
 
 from trainfleet.batch import Batch
 from trainfleet.loss import LossSum
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 _WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _SMALL = {**_WIDTHS, "vocab_size": 99}

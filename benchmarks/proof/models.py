@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainfleet.batch import Batch
 from trainfleet.loss import LossSum
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))
 

@@ -21,11 +21,11 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.parallel.layout import piece_of
 from trainfleet.plan import Plan
-from trainfleet.training.before import Before
 from trainfleet.training.inspection import Finding, Inspector
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.trainer import Trainer
-from trainfleet.training.watcher import Judgement, UnderWay, Watcher
+from trainfleet.training.watchers.before import Before
+from trainfleet.training.watchers.watcher import Judgement, UnderWay, Watcher
 
 # what is planted
 

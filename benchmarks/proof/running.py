@@ -10,10 +10,10 @@ from trainfleet import launch
 from trainfleet.errors import DataError, PlanError, RankFailed
 from trainfleet.parallel.choices import Kind, Ties
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case, comparable
-from trainfleet.training.reference import Reference
-from trainfleet.training.trace import trace_rank
-from trainfleet.training.verdict import Trace, Verdict
+from trainfleet.training.proof.case import Case, comparable
+from trainfleet.training.proof.reference import Reference
+from trainfleet.training.proof.trace import trace_rank
+from trainfleet.training.proof.verdict import Trace, Verdict
 
 
 def held_against_one_process(case: Case, plans: Sequence[Plan], size: int) -> list[Verdict | str]:

@@ -15,7 +15,8 @@ from trainfleet.config import load_config
 from trainfleet.deps import installed
 from trainfleet.errors import ConfigError
 from trainfleet.store import FileStore
-from trainfleet.training import dry_run, job, launch
+from trainfleet.training import dry_run, job
+from trainfleet.training.ranks import launch
 from trainfleet.training.recipe import Recipe
 
 RECIPE = """

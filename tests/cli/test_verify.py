@@ -7,9 +7,9 @@ import pytest
 
 from trainfleet.cli.main import main
 from trainfleet.plan import Plan
-from trainfleet.training import verify_recipe as proof
+from trainfleet.training.proof import verify_recipe as proof
+from trainfleet.training.proof.verdict import Difference, Verdict
 from trainfleet.training.recipe import Recipe
-from trainfleet.training.verdict import Difference, Verdict
 
 FINE = Difference(tensor="step 1, loss", deviation=1e-7, tolerance=2e-5)
 WRONG = Difference(tensor="step 1, gradient of w", deviation=0.5, tolerance=2e-5)

@@ -14,9 +14,9 @@ from rank_pool import RankPools  # noqa: E402
 
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.plan import Plan  # noqa: E402
-from trainfleet.training.case import Case  # noqa: E402
-from trainfleet.training.trace import trace  # noqa: E402
-from trainfleet.training.verdict import compare  # noqa: E402
+from trainfleet.training.proof.case import Case  # noqa: E402
+from trainfleet.training.proof.trace import trace  # noqa: E402
+from trainfleet.training.proof.verdict import compare  # noqa: E402
 
 
 def build() -> Any:

@@ -14,10 +14,10 @@ from rank_pool import RankPools
 
 from trainfleet.mesh import Mesh
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.reference import Reference
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.reference import Reference
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace
 
 PLANS = [
     Plan(zero=3),

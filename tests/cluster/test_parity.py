@@ -21,9 +21,9 @@ from rank_pool import RankPools  # noqa: E402
 from trainfleet.mesh import Mesh  # noqa: E402
 from trainfleet.parallel.blocks import find_blocks  # noqa: E402
 from trainfleet.plan import LossScale, Plan  # noqa: E402
-from trainfleet.training.case import Case, comparable, together  # noqa: E402
-from trainfleet.training.trace import trace  # noqa: E402
-from trainfleet.training.verdict import CONCATENATED_SLACK, Trace, compare  # noqa: E402
+from trainfleet.training.proof.case import Case, comparable, together  # noqa: E402
+from trainfleet.training.proof.trace import trace  # noqa: E402
+from trainfleet.training.proof.verdict import CONCATENATED_SLACK, Trace, compare  # noqa: E402
 
 STEPS = 20
 DEADLINE_SECONDS = 900.0  # for forty cells, on a machine that does other things too

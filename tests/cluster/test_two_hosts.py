@@ -29,7 +29,7 @@ def hosts() -> Iterator[Hosts]:
 RANK = """
 import torch
 from trainfleet.mesh import Mesh
-from trainfleet.training.failure import reported_failures
+from trainfleet.training.ranks.failure import reported_failures
 
 with reported_failures(), Mesh.from_env(device="cpu") as mesh:
     total = torch.full((3,), float(mesh.rank + 1))
@@ -43,7 +43,7 @@ import sys
 from datetime import timedelta
 from trainfleet.comm import rendezvous
 from trainfleet.errors import TrainfleetError
-from trainfleet.training.launch import run_elastic
+from trainfleet.training.ranks.launch import run_elastic
 
 if "older" in sys.argv:
     rendezvous.versions.__code__ = (lambda: {"trainfleet": "0.0.1", "torch": "1.0", "python": "3.10"}).__code__

@@ -13,9 +13,9 @@ from trainfleet.batch import Batch
 from trainfleet.parallel import MixtureOfExperts
 from trainfleet.parallel.choices import Taking, Telling
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.reference import Reference
-from trainfleet.training.trace import trace_rank
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.reference import Reference
+from trainfleet.training.proof.trace import trace_rank
 
 TOLERANCE = 1e-3
 ROW = torch.tensor([[0.5, 0.1, 0.49999, 0.2], [0.9, 0.1, 0.3, 0.2]])

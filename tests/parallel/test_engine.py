@@ -19,7 +19,7 @@ from trainfleet.loss import LossSum
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, parallelize
 from trainfleet.plan import LossScale, Plan
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

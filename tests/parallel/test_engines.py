@@ -12,9 +12,9 @@ from rank_pool import RankPools
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, make_engine, parallelize
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace, compare
 
 TRANSFORMER = MODELS["transformer"]
 

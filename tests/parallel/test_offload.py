@@ -17,7 +17,7 @@ from trainfleet.parallel import NativeEngine, parallelize
 from trainfleet.parallel.offload import StateOffload
 from trainfleet.parallel.torch_private import with_local
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 SCALARS = MODELS["scalars"]
 

@@ -15,9 +15,9 @@ from trainfleet.comm.group import Group
 from trainfleet.mesh import Mesh
 from trainfleet.parallel.randomness import mixed, number_in_step, seed_micro_batch
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case, together
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.proof.case import Case, together
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace, compare
 
 DROPOUT = MODELS["transformer"]
 

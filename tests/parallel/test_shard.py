@@ -24,7 +24,7 @@ from trainfleet.parallel import parallelize
 from trainfleet.parallel.blocks import find_blocks
 from trainfleet.parallel.shard import shared_parameters, units_of, unshardable_parameters
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 WIDTH = 6
 

@@ -23,8 +23,8 @@ from trainfleet.net.token import Token  # noqa: E402
 from trainfleet.training import job  # noqa: E402
 from trainfleet.training.dry_run import check  # noqa: E402
 from trainfleet.training.feed import as_fed, refuse_unlike_feeders, service_of, without_tokens  # noqa: E402
+from trainfleet.training.proof.verify_recipe import verify_recipe  # noqa: E402
 from trainfleet.training.recipe import Recipe  # noqa: E402
-from trainfleet.training.verify_recipe import verify_recipe  # noqa: E402
 
 HERE = "127.0.0.1:0"
 

@@ -17,7 +17,7 @@ from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
 if TYPE_CHECKING:
     from trainfleet.comm.environment import RankEnvironment
-    from trainfleet.training.copies import Preloaded
+    from trainfleet.training.ranks.copies import Preloaded
     from trainfleet.training.recipe import Recipe
 
 INTERRUPTED = 130
@@ -130,8 +130,8 @@ def train_here(recipe: Recipe, environment: RankEnvironment, *, debug: bool) -> 
     """Train as one rank, in this process; the exit code."""
     from trainfleet import log
     from trainfleet.comm.environment import share_cores
-    from trainfleet.training.failure import reported_failures
     from trainfleet.training.job import run
+    from trainfleet.training.ranks.failure import reported_failures
 
     share_cores(environment)
     log.setup("debug" if debug else "info", environment.rank, environment.world_size)
@@ -152,7 +152,7 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
     """Check what can be checked here, then start this host's ranks with the recipe as it is now, and wait."""
     from trainfleet import log
     from trainfleet.comm.environment import threads_per_rank
-    from trainfleet.training.copies import Preloaded
+    from trainfleet.training.ranks.copies import Preloaded
 
     log.setup("debug" if debug else "info")
     # It imports while the recipe is checked.
@@ -166,8 +166,8 @@ def _start(recipe: Recipe, ranks: Ranks, folder: Path, *, debug: bool) -> int:
 
 def _run(recipe: Recipe, ranks: Ranks, folder: Path, preloaded: Preloaded, *, debug: bool) -> int:
     from trainfleet.config import to_yaml
-    from trainfleet.training.failure import leave_report
-    from trainfleet.training.launch import run_elastic
+    from trainfleet.training.ranks.failure import leave_report
+    from trainfleet.training.ranks.launch import run_elastic
 
     with tempfile.TemporaryDirectory(prefix="trainfleet-") as place:
         # Ranks that start anew must not read a file, or an environment, that somebody has changed meanwhile.

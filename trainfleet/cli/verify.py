@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from trainfleet.training.verdict import Verdict
+    from trainfleet.training.proof.verdict import Verdict
 
 
 def verify(
@@ -30,7 +30,7 @@ def verify(
     from trainfleet import log
     from trainfleet.cli.train import make_importable
     from trainfleet.config import load_config
-    from trainfleet.training import verify_recipe as proof
+    from trainfleet.training.proof import verify_recipe as proof
     from trainfleet.training.recipe import Recipe
 
     settings = load_config(Recipe, file=recipe, overrides=overrides or []).value

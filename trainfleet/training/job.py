@@ -25,20 +25,20 @@ from trainfleet.monitor import RunFolder, observers_for, system_numbers
 from trainfleet.plan import Plan
 from trainfleet.store import open_store
 from trainfleet.training.deepspeed_file import with_deepspeed_file
-from trainfleet.training.failure import MEND, leave_report
 from trainfleet.training.feed import refuse_unlike_feeders, without_tokens
 from trainfleet.training.losses import loss_by_name
 from trainfleet.training.outcome import Outcome
-from trainfleet.training.progress import Progress
+from trainfleet.training.ranks.failure import MEND, leave_report
+from trainfleet.training.ranks.progress import Progress
 from trainfleet.training.recipe import Recipe
 from trainfleet.training.utilisation import open_utilisation
-from trainfleet.training.watching import watchers_of
+from trainfleet.training.watchers.watching import watchers_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trainfleet.training.trainer import Trainer
-    from trainfleet.training.watcher import Watcher
+    from trainfleet.training.watchers.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 

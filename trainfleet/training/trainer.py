@@ -32,12 +32,11 @@ from trainfleet.parallel.spread import num_parameters
 from trainfleet.state import Stateful, stateful_among
 from trainfleet.stopwatch import timed
 from trainfleet.tracks import Tracks
-from trainfleet.training.before import Before
 from trainfleet.training.evaluations import Evaluations
-from trainfleet.training.failure import note_step
 from trainfleet.training.inspection import Inspector
 from trainfleet.training.outcome import Outcome
 from trainfleet.training.rank_reports import RankReports
+from trainfleet.training.ranks.failure import note_step
 from trainfleet.training.recipe import TrainConfig
 from trainfleet.training.rollbacks import Rollbacks
 from trainfleet.training.saves import Saves
@@ -45,8 +44,9 @@ from trainfleet.training.schedule import Rates, ScheduleConfig
 from trainfleet.training.stop import StopVote
 from trainfleet.training.supply import Supply
 from trainfleet.training.utilisation import Utilisation
-from trainfleet.training.watcher import Judgement, UnderWay, Watcher, Watchers
-from trainfleet.training.watching import watchers_for
+from trainfleet.training.watchers.before import Before
+from trainfleet.training.watchers.watcher import Judgement, UnderWay, Watcher, Watchers
+from trainfleet.training.watchers.watching import watchers_for
 
 if TYPE_CHECKING:
     from torch import nn

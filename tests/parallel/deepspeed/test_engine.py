@@ -16,9 +16,9 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel import Engine, NativeEngine, make_engine, parallelize
 from trainfleet.parallel.deepspeed.engine import DeepSpeedEngine
 from trainfleet.plan import LossScale, Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace, compare
 
 pytestmark = pytest.mark.skipif(installed("deepspeed") is None, reason="DeepSpeed is not installed")
 

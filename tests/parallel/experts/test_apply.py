@@ -24,8 +24,8 @@ from trainfleet.parallel.experts.layer import Experts, MixtureOfExperts, balance
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.plan import Plan
 from trainfleet.store import FileStore
-from trainfleet.training.case import Case
-from trainfleet.training.verdict import compare
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.verdict import compare
 
 VOCABULARY, WIDTH = 16, 8
 

@@ -17,9 +17,9 @@ from trainfleet.mesh import Mesh
 from trainfleet.parallel import NativeEngine, parallelize
 from trainfleet.parallel.replicas import check_replicas
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import Trace, compare
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import Trace, compare
 
 
 def case_of(name: str, dropout: float = 0.0) -> Case:

@@ -21,8 +21,8 @@ from trainfleet.parallel.tensor.chains import paired
 from trainfleet.parallel.tensor.find import find_regions
 from trainfleet.parallel.tensor.layer import Layer
 from trainfleet.plan import Plan
-from trainfleet.training.verdict import compare
-from trainfleet.training.verify import Case
+from trainfleet.training.proof.verdict import compare
+from trainfleet.training.proof.verify import Case
 
 
 def layers(*shapes: tuple[int, ...] | None) -> list[Any]:

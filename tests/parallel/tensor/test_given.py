@@ -17,7 +17,7 @@ from trainfleet.parallel import parallelize
 from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.tensor.find import find_regions
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
+from trainfleet.training.proof.case import Case
 
 
 def sides(model, **said):

@@ -28,9 +28,9 @@ from trainfleet.parallel.spread import spread_of
 from trainfleet.parallel.tensor.find import find_regions
 from trainfleet.parallel.tensor.vocabulary import split_cross_entropy, split_embedding, vocabulary_regions
 from trainfleet.plan import Plan
-from trainfleet.training.case import Case
-from trainfleet.training.trace import trace
-from trainfleet.training.verdict import compare
+from trainfleet.training.proof.case import Case
+from trainfleet.training.proof.trace import trace
+from trainfleet.training.proof.verdict import compare
 
 V = 8
 

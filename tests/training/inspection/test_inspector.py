@@ -19,11 +19,11 @@ from trainfleet.errors import TrainfleetError
 from trainfleet.mesh import Mesh
 from trainfleet.parallel import parallelize
 from trainfleet.plan import Plan
-from trainfleet.training.before import Before
 from trainfleet.training.inspection.evidence import read_finding
 from trainfleet.training.inspection.inspector import Inspector
 from trainfleet.training.trainer import Trainer
-from trainfleet.training.watcher import UnderWay, Watcher
+from trainfleet.training.watchers.before import Before
+from trainfleet.training.watchers.watcher import UnderWay, Watcher
 
 ALONE = [plant for plant in PLANTS if plant.nproc == 1]
 TWO_RANKS = [number for number, plant in enumerate(PLANTS) if plant.nproc == 2]

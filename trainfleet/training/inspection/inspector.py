@@ -23,7 +23,6 @@ from trainfleet.parallel import Engine
 from trainfleet.parallel.layout import piece_of
 from trainfleet.parallel.spread import spread_of
 from trainfleet.tracks import Tracks
-from trainfleet.training.before import Before
 from trainfleet.training.inspection.evidence import place_for, write_batches, write_finding
 from trainfleet.training.inspection.fields import fields_of
 from trainfleet.training.inspection.finding import MOST_SAMPLES, Finding, told_ranks
@@ -31,7 +30,8 @@ from trainfleet.training.inspection.held import Held, held_by
 from trainfleet.training.inspection.suspect import Suspect, first_of, of_backward, of_forward
 from trainfleet.training.inspection.values import is_sound, values_of
 from trainfleet.training.inspection.watch import Watch
-from trainfleet.training.watcher import UnderWay, Watcher
+from trainfleet.training.watchers.before import Before
+from trainfleet.training.watchers.watcher import UnderWay, Watcher
 
 logger = logging.getLogger(__name__)
 
