@@ -5,7 +5,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import pytest
@@ -226,7 +226,7 @@ def impostor(answer: bytes | None) -> Iterator[str]:
                 return
             kept.append(sock)
             if answer is not None:
-                with sock:
+                with sock, suppress(ConnectionError):  # who came may have hung up already
                     sock.sendall(answer)
                     sock.recv(4096)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainfleet.errors import ConfigError, NotAdmitted
@@ -82,13 +82,13 @@ def test_any_text_is_a_token_or_a_sentence(text):
 
 
 @settings(max_examples=300)
-@given(st.data())
-def test_a_body_that_says_what_cannot_be_is_refused_though_its_checksum_holds(data):
+@given(st.binary(max_size=120))
+@example(b"\x01\x02\x00\x80")
+def test_a_body_that_says_what_cannot_be_is_refused_though_its_checksum_holds(body):
     """Someone may make a token by hand to harm whoever parses it."""
     from base64 import b32encode
     from hashlib import sha256
 
-    body = data.draw(st.binary(max_size=120))
     sized = (len(body) + 4).to_bytes(2, "big") + body
     text = PREFIX + b32encode(sized + sha256(sized).digest()[:4]).decode().rstrip("=").lower()
     try:

@@ -159,6 +159,12 @@ class _Reader:
         taken, self.rest = self.rest[:count], self.rest[count:]
         return taken
 
+    def name(self, length: int) -> str:
+        try:
+            return self.take(length).decode("ascii")
+        except UnicodeDecodeError:
+            raise ValueError("a host's name in it is not of ASCII letters.") from None
+
     def number(self, *, most: int = 255) -> int:
         value = self.take(1)[0]
         if value > most:
@@ -170,7 +176,7 @@ def _decode(reader: _Reader, *, may_have_relay: bool = True) -> Token:
     addresses = []
     for _ in range(reader.number(most=_MOST_ADDRESSES)):
         length = reader.number()
-        host = reader.take(length).decode("ascii") if length else str(ipaddress.IPv4Address(reader.take(4)))
+        host = reader.name(length) if length else str(ipaddress.IPv4Address(reader.take(4)))
         addresses.append(Address(host, int.from_bytes(reader.take(2), "big")))
     secret = reader.take(reader.number())
     fingerprint = reader.take(FINGERPRINT_BYTES) if reader.number(most=1) else None
