@@ -63,7 +63,7 @@ FOUR = [
     "--tp 2 --pp 2",
     "--pp 2 --zero 2",
 ]
-SOON = [(2, ""), (2, "--tp 2"), (2, "--pp 2"), (2, "--zero 2"), (4, "--tp 2 --zero 3")]
+SOON = [(2, ""), (2, "--pp 2"), (4, "--tp 2 --zero 3")]
 LATER = [(ranks, mode) for ranks, modes in ((2, TWO), (4, FOUR)) for mode in modes if (ranks, mode) not in SOON]
 
 

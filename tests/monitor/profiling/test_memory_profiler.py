@@ -113,7 +113,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, Tensor], dict[str, 
     "bf16": lambda: (Mlp(), tokens(), {"bf16": True}),
     "images": lambda: (Images(), images(), {}),
 }
-LONG = ("accumulation", "foreach", "fused", "bf16")
+LONG = ("tied", "accumulation", "foreach", "fused", "bf16")
 
 
 @needs_glibc
@@ -175,7 +175,10 @@ def test_what_stays_alive_from_step_to_step_is_named() -> None:
     assert "GROWS" in str(report)
 
 
-@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.matrix), "recompute", "images"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param("plain", marks=pytest.mark.matrix), "recompute", pytest.param("images", marks=pytest.mark.matrix)],
+)
 def test_a_clean_run_raises_no_suspicion(case: str) -> None:
     model, batch, more = CASES[case]()
     optimizer = torch.optim.AdamW(model.parameters())
