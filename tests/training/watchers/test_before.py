@@ -59,6 +59,32 @@ def test_a_step_that_is_given_up_leaves_buffers_as_they_were_whatever_it_did_to_
     assert int(model.norm.num_batches_tracked) == 1, "the one step that counted"
 
 
+class Growing(nn.Module):
+    """Its buffer is the same tensor in every step, and larger in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.data = torch.cat([self.cache.data, x[:1, 0].detach()])
+        return x * len(self.cache)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_buffer_that_was_resized_in_place_is_put_back_as_it_was(whole: bool) -> None:
+    model = Growing()
+    before = Before(model, whole=whole)
+    for step in (1, 2, 3):
+        before.begin(step, [])
+        first = model(torch.ones(2, 1))
+    with before.again():
+        assert len(model.cache) == 3 and torch.equal(model(torch.ones(2, 1)), first)
+    assert len(model.cache) == 4
+    before.give_up()
+    assert torch.equal(model.cache, torch.tensor([0.0, 1.0, 1.0]))
+
+
 def test_a_step_that_is_given_up_after_it_was_run_again_leaves_buffers_as_they_were() -> None:
     model = Keeper()
     before = Before(model, whole=True)

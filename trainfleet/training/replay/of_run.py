@@ -54,13 +54,13 @@ def replay(
     from trainfleet.training.ranks.launch import launch
 
     folder = RunFolder(run)
-    recipe = _recipe_of(folder, overrides, given or Given(), _ways(feeders, certificates))
+    given = given or Given()
+    recipe = _recipe_of(folder, overrides, given, _ways(feeders, certificates))
     had = _world_size(folder)
     nproc = nproc or had or recipe.plan.fewest_ranks()
     order = Order(run=str(folder.path), step=step, batch=str(batch) if batch else None, had=had or nproc)
     with tempfile.TemporaryDirectory(prefix="trainfleet-replay-") as place:
         quiet = _quietly(recipe, folder, place)
-        given = given or Given()
         if nproc == 1:
             found = replay_rank(order, quiet, given, tell)
         else:

@@ -127,8 +127,11 @@ class Before(Watcher):
         """In place, for others may hold a buffer; and only where it differs, for what is written counts as changed."""
         for i, held in copies.items():
             _, buffers, name = self._found()[i]
-            if not _holds(buffers.get(name), held):
-                buffers[name] = None if held is None else held[0].copy_(held[1])
+            if held is None:
+                buffers[name] = None
+            elif not _holds(buffers.get(name), held):
+                buffer, copy = held
+                buffers[name] = buffer.copy_(copy) if _are_alike(buffer, copy) else copy.clone()
 
 
 def _copied(buffer: Tensor | None) -> _Held:
@@ -150,7 +153,7 @@ def _holds(now: Tensor | None, held: _Held) -> bool:
     if now is None or held is None:
         return now is None and held is None
     buffer, copy = held
-    if now is not buffer:
+    if now is not buffer or not _are_alike(now, copy):  # another, or resized in place
         return False
     ours, theirs = piece_of(now), piece_of(copy)
     return bool(((ours == theirs) | ((ours != ours) & (theirs != theirs))).all())
