@@ -1,4 +1,4 @@
-"""The options of `trainfleet train` for batches that other hosts make, and what they make of a recipe."""
+"""The options of `train` and `replay` for batches that other hosts make, and what they make of a recipe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from trainfleet.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainfleet.training.recipe import Recipe
+
+
+CERTS = typer.Option(None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +25,8 @@ class Fed:
 
     feeders: Sequence[str]
     certs: Path | None
-    tunnel: str | None
-    own_workers: int | None
+    tunnel: str | None = None
+    own_workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.feeders and self.tunnel is not None:

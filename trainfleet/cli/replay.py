@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from trainfleet.cli.fed import CERTS, Fed
+
 PROGRESS_SECONDS = 1.0
 """Between two lines of progress."""
 
@@ -33,9 +35,7 @@ def replay(
         help="For a run that was fed: who makes its batches again; may be given again.",
         metavar="HOST:PORT|TOKEN",
     ),
-    certs: Path | None = typer.Option(
-        None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
-    ),
+    certs: Path | None = CERTS,
     as_json: bool = typer.Option(False, "--json", help="For programs."),
 ) -> None:
     """Take one step of a run again and show what every module gave.
@@ -46,7 +46,6 @@ def replay(
     import json
 
     from trainfleet import log
-    from trainfleet.cli.fed import Fed
     from trainfleet.cli.train import make_importable
     from trainfleet.training import replay as again
 
@@ -54,7 +53,7 @@ def replay(
     for place in reversed(again.places_of_modules(run)):
         make_importable(place)
     make_importable(Path.cwd())
-    fed = Fed(feeders=feeders or (), certs=certs, tunnel=None, own_workers=None)
+    fed = Fed(feeders=feeders or (), certs=certs)
     found = again.replay(
         run,
         step,

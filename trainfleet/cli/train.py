@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from trainfleet.cli.fed import Fed
+from trainfleet.cli.fed import CERTS, Fed
 from trainfleet.cli.way_in import HELP
 from trainfleet.errors import ConfigError, LaunchError, RankFailed
 
@@ -73,9 +73,7 @@ def train(
         help="Let this host make the batches, with `trainfleet feed RECIPE`; may be given again.",
         metavar="HOST:PORT|TOKEN",
     ),
-    certs: Path | None = typer.Option(
-        None, "--certs", help="For --feed: ca.pem, certificate.pem and key.pem.", metavar="FOLDER"
-    ),
+    certs: Path | None = CERTS,
     tunnel: str | None = typer.Option(
         None, "--tunnel", help=f"In place of --feed, for one rank. {HELP}", metavar="WAY"
     ),
