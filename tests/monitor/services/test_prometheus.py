@@ -116,10 +116,13 @@ from trainfleet.events import RunStarted
 from trainfleet.monitor.services import Prometheus
 observer = Prometheus(0)
 observer.on_event(RunStarted(folder=None, steps=1, start_step=0, world_size=1, parameters=1, plan=""))
+begun, begins = os.pipe()
 if (child := os.fork()) == 0:
     sys.stdout.close(); os.close(1)
+    os.write(begins, b".")
     time.sleep(30)
     os._exit(0)
+os.read(begun, 1)
 print(child, observer.address[1], flush=True)
 time.sleep(30)
 """

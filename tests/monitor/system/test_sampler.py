@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,28 @@ def test_a_machine_that_tells_nothing_gives_nothing(monkeypatch: pytest.MonkeyPa
     look = SystemSampler("/is/not/there", device="cpu")
     time.sleep(0.12)
     assert look.look().flat() == {}
+
+
+@pytest.mark.parametrize(
+    ("grown", "percent"),
+    [
+        ({"idle": 0.24}, 0.0),  # sum() - idle - iowait would fall, by 7e-12 s
+        ({"user": 0.25}, 100.0),
+        ({"user": 0.25, "guest": 0.25, "idle": 0.75}, 25.0),
+        ({"iowait": -0.5, "idle": 0.75, "system": 0.25}, 25.0),
+        ({}, None),
+    ],
+)
+def test_processor_is_as_busy_as_its_counters_say(
+    monkeypatch: pytest.MonkeyPatch, grown: dict[str, float], percent: float | None
+) -> None:
+    counted = {"user": 6884.29, "nice": 1.2, "system": 118.74, "idle": 40639.46, "iowait": 65.22, "guest": 3.3}
+    scputimes = namedtuple("scputimes", counted)  # type: ignore[misc]
+    monkeypatch.setattr(psutil, "cpu_times", lambda: scputimes(**counted))
+    monkeypatch.setattr(sampler, "SHORTEST_SECONDS", 0.0)
+    look = SystemSampler(device="cpu")
+    counted.update({kind: counted[kind] + seconds for kind, seconds in grown.items()})
+    assert look.look().cpu_percent == pytest.approx(percent, abs=1e-6)
 
 
 def test_interfaces_may_come_go_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,7 @@ class _Counters:
 
     at: float
     process: int
-    busy_seconds: float | None = None
-    all_seconds: float | None = None
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     process_seconds: float | None = None
     disk: tuple[int, int] | None = None
     network: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -79,18 +78,14 @@ class SystemSampler:
     def _count(self) -> _Counters:
         if self._own.pid != os.getpid():  # forked
             self._own = psutil.Process()
-        cpu, own = _told(psutil.cpu_times), _told(self._own.cpu_times)
-        idle = 0.0 if cpu is None else cpu.idle + getattr(cpu, "iowait", 0.0)
-        # A guest's time is in `user` too.
-        every = None if cpu is None else sum(cpu) - getattr(cpu, "guest", 0.0) - getattr(cpu, "guest_nice", 0.0)
+        cpu, own = _told(lambda: psutil.cpu_times()._asdict()), _told(self._own.cpu_times)
         # Without nowrap psutil would keep, and lock, what it saw before: we see for ourselves that a counter fell.
         disk = _told(lambda: psutil.disk_io_counters(nowrap=False))
         network = _told(lambda: psutil.net_io_counters(pernic=True, nowrap=False)) or {}
         return _Counters(
             at=time.monotonic(),
             process=os.getpid(),
-            busy_seconds=None if every is None else every - idle,
-            all_seconds=every,
+            cpu_seconds=cpu or {},
             process_seconds=None if own is None else own.user + own.system,
             disk=None if disk is None else (disk.read_bytes, disk.write_bytes),
             network={name: (each.bytes_recv, each.bytes_sent) for name, each in network.items()},
@@ -100,7 +95,6 @@ class SystemSampler:
 def _rates(before: _Counters, now: _Counters) -> SystemStats:
     """From two looks; a counter that fell began anew in between, and has no rate."""
     seconds = max(now.at - before.at, 1e-9)
-    busy, whole = _grown(before.busy_seconds, now.busy_seconds), _grown(before.all_seconds, now.all_seconds)
     own = _grown(before.process_seconds, now.process_seconds) if before.process == now.process else None
     read, written = (_grown(*pair) for pair in zip(before.disk or (None, None), now.disk or (None, None)))
     network = {}
@@ -111,12 +105,20 @@ def _rates(before: _Counters, now: _Counters) -> SystemStats:
                 received_bytes_per_second=received / seconds, sent_bytes_per_second=sent / seconds
             )
     return SystemStats(
-        cpu_percent=min(100.0, 100 * busy / whole) if busy is not None and whole else None,
+        cpu_percent=_busy_percent(before.cpu_seconds, now.cpu_seconds),
         process_cpu_percent=None if own is None else 100 * own / seconds,
         disk_read_bytes_per_second=None if read is None else read / seconds,
         disk_written_bytes_per_second=None if written is None else written / seconds,
         network=network,
     )
+
+
+def _busy_percent(before: dict[str, float], now: dict[str, float]) -> float | None:
+    """Each kind of time by itself: Linux turns some of `iowait` into `idle` again, and sums of floats lose a little."""
+    of_guests = ("guest", "guest_nice")  # is in `user` and `nice` too
+    grown = {kind: max(0.0, now[kind] - before[kind]) for kind in now.keys() & before.keys() if kind not in of_guests}
+    whole = sum(grown.values())
+    return 100 * (1 - (grown.get("idle", 0.0) + grown.get("iowait", 0.0)) / whole) if whole else None
 
 
 def _grown(before: float | None, now: float | None) -> float | None:
