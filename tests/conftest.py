@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -16,6 +17,12 @@ sys.path.append(str(Path(__file__).parent / "cluster"))  # the workers look ther
 if TYPE_CHECKING:
     from mpi_pool import MpiPools
     from rank_pool import RankPools
+
+with contextlib.suppress(ModuleNotFoundError):  # the tests that draw their examples need it, the others do not
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any_machine")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from trainfleet.checkpoint.floats import FLOATS, recast
 VALUES = [0.0, -0.0, 1.0, 1 / 3, -2.7e-5, 65504.0, 65520.0, 1e-8, 3.3e38, 1e300, np.inf, -np.inf, np.nan, 1.00390625]
 
 
-@pytest.mark.parametrize(("have", "want"), itertools.permutations(FLOATS, 2))
+@pytest.mark.parametrize(("have", "want"), [*itertools.permutations(FLOATS, 2)])
 def test_every_cast_is_that_of_torch(have, want):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     tensor = torch.tensor(VALUES, dtype=torch.float64).to(getattr(torch, have))

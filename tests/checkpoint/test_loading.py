@@ -44,7 +44,7 @@ shapes = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(tuple)
 all_cuts = st.lists(st.lists(st.integers(0, 100), max_size=2), min_size=3, max_size=3)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(shapes, all_cuts, all_cuts, st.sampled_from(["float32", "int8", "float64", "bool", "complex128"]))
 def test_any_cut_is_read_in_any_other(shape, cuts_then, cuts_now, dtype):
     whole = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -35,7 +35,6 @@ def test_it_is_a_codec(codec):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
-@settings(deadline=None)
 @given(value=FLOATS)
 def test_each_number_becomes_the_nearest_with_ties_to_even(codec, value):
     (decoded,) = codec.decode(codec.encode(np.array([value], np.float32)))
@@ -45,7 +44,6 @@ def test_each_number_becomes_the_nearest_with_ties_to_even(codec, value):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
-@settings(deadline=None)  # the first example imports torch
 @given(array=hnp.arrays(st.sampled_from(["f2", "f4", "f8"]), hnp.array_shapes(min_dims=0, min_side=0)))
 def test_torch_and_numpy_agree_on_every_bit(codec, array):
     torch = pytest.importorskip("torch", reason="torch is not installed")

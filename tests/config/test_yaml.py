@@ -79,7 +79,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plain)
 def test_plain_values_read_back_as_the_same(value):
     assert read_yaml(to_yaml({"a": value}), "f")[0] == {"a": value}

@@ -104,7 +104,7 @@ def test_making_samples_in_the_loop_leaves_the_global_generators_alone():
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(12, 80),
     short=st.sampled_from(["keep", "pad"]),

@@ -13,7 +13,7 @@ from trainfleet.data.order import MAX_SAMPLES, Blocks, epoch_order, indices_at
 from trainfleet.errors import DataError
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(n=st.integers(1, 3000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(n, seed, epoch):
     order = indices_at(np.arange(n), num_samples=n, seed=seed, epoch=epoch)
@@ -21,7 +21,7 @@ def test_every_epoch_is_a_permutation(n, seed, epoch):
     assert (np.sort(order) == np.arange(n)).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(n=st.integers(1, MAX_SAMPLES), data=st.data())
 def test_positions_of_any_size_of_dataset_stay_apart_and_inside(n, data):
     positions = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True))
@@ -31,7 +31,7 @@ def test_positions_of_any_size_of_dataset_stay_apart_and_inside(n, data):
 
 
 @given(n=st.integers(40, 2000), seed=st.integers(0, 9), epoch=st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_epochs_and_seeds_differ(n, seed, epoch):
     def order(seed, epoch):
         return indices_at(np.arange(n), num_samples=n, seed=seed, epoch=epoch).tolist()
@@ -42,7 +42,7 @@ def test_epochs_and_seeds_differ(n, seed, epoch):
 
 
 @given(n=st.integers(1, 500), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_one_position_alone_gets_the_sample_it_gets_among_all(n, data):
     position = data.draw(st.integers(0, n - 1))
     whole = indices_at(np.arange(n), num_samples=n, seed=5, epoch=2)
@@ -86,7 +86,7 @@ def test_positions_outside_the_epoch_are_refused():
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sizes=SIZES, window=st.integers(1, 45), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 10**6))
 def test_every_epoch_in_blocks_is_a_permutation(sizes, window, seed, epoch):
     n = sum(sizes)
@@ -95,7 +95,7 @@ def test_every_epoch_in_blocks_is_a_permutation(sizes, window, seed, epoch):
     assert (np.sort(order) == np.arange(n)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=SIZES, window=st.integers(1, 12), seed=st.integers(0, 99), data=st.data())
 def test_an_order_in_blocks_is_a_function_of_each_position_alone(sizes, window, seed, data):
     n, blocks = sum(sizes), Blocks(tuple(sizes), window)
@@ -105,7 +105,7 @@ def test_an_order_in_blocks_is_a_function_of_each_position_alone(sizes, window, 
     assert indices_at(some, num_samples=n, seed=seed, epoch=2, blocks=again).tolist() == whole[some].tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=SIZES, window=st.integers(1, 12), seed=st.integers(0, 99))
 def test_no_more_than_a_window_of_blocks_is_in_use_and_those_that_come_are_said_before(sizes, window, seed):
     n, blocks = sum(sizes), Blocks(tuple(sizes), window)

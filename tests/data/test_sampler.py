@@ -11,7 +11,7 @@ from trainfleet.errors import DataError
 SHORTS = ("drop", "pad", "keep")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     n=st.integers(1, 60),
     size=st.integers(1, 5),

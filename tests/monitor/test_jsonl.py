@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainfleet.events import Evaluated, Event, Noted, Restored, RunEnded, RunStarted, StepEnded, Tracked
@@ -44,7 +44,6 @@ def write(path: Path, *events: Event) -> None:
     log.close()
 
 
-@settings(deadline=None)  # it writes files
 @given(st.lists(events, max_size=5))
 def test_every_event_comes_back_as_it_was(written: list[Event]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -48,7 +48,7 @@ def test_a_payload_of_another_length_is_refused(name, announced):
 
 @codecs
 @given(data=st.binary(max_size=300))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_garbage_is_refused(name, data):
     with pytest.raises(PeerError, match=name):
         decode(name, np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8), np.empty(5000, np.uint8))

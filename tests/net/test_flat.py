@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
@@ -30,7 +30,6 @@ ARRAYS = arrays_of.arrays(DTYPES, arrays_of.array_shapes(min_dims=0, max_dims=4,
         max_size=5,
     )
 )
-@settings(deadline=None)
 def test_a_dict_of_arrays_that_was_taken_apart_is_built_the_same(body):
     tree, arrays = flatten(body, max_depth=32)
     apart = Flat.of(json.loads(json.dumps(tree)))

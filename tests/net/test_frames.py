@@ -81,7 +81,6 @@ def test_a_message_is_what_was_packed():
 
 
 @given(st.integers(0, 40 * 8 - 1))
-@settings(deadline=None)
 def test_a_flipped_bit_of_the_header_is_found(bit):
     data = bytearray(pack("k", {}, np.ones(3), LIMITS).header(DIGEST))
     data[bit // 8] ^= 1 << bit % 8
@@ -90,7 +89,7 @@ def test_a_flipped_bit_of_the_header_is_found(bit):
 
 
 @given(st.binary(min_size=40, max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_garbage_is_no_header(data):
     with pytest.raises(PeerError, match="not a frame"):
         read_header(data, LIMITS)
@@ -102,7 +101,7 @@ def test_garbage_is_no_header(data):
         lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(max_size=2), below, max_size=3),
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_head_of_any_json_is_read_or_refused(tree):
     for head in (json.dumps(tree).encode()[:1000], head_of(tree)[:1000]):
         facts = read_header(header(head, arrays=4, num_bytes=640), LIMITS)

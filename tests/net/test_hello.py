@@ -169,7 +169,7 @@ def _receive(data: bytes) -> Exception:
     return raised.value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda body: MAGIC + len(body).to_bytes(2, "big") + body))
 def test_no_bytes_admit_anyone_or_break_the_listener(data):
     _receive(data)
@@ -183,7 +183,7 @@ values = st.recursive(
 keys = st.sampled_from(["protocol", "version", "role", "nonce", "secret", "refused", "proof"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(keys, values, min_size=1))
 def test_no_value_in_a_hello_admits_anyone_or_breaks_the_listener(changes):
     body = json.dumps(json.loads(_hello_bytes()) | changes).encode()[:1024]

@@ -87,7 +87,7 @@ def test_room_grows_where_a_peer_is_idle_and_only_there():
     assert len(leases) == 0 and leases.give(0.0) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["add", "join", "leave", "give", "arrive", "hasten"]), st.integers(0, 3)), max_size=60

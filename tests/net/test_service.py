@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 
 import pytest
@@ -39,7 +39,7 @@ class Echo(Service[socket.socket]):
         assert self.guests.here == [] or self.reception.closing.is_set()
 
     def _say_back(self, sock: socket.socket) -> None:
-        with closing(sock):
+        with closing(sock), suppress(OSError):  # the service closes it, maybe in the midst of a word
             while word := sock.recv(1):
                 sock.sendall(word)
 

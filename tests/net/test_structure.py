@@ -89,7 +89,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(BODIES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_nesting_comes_back_the_same(body):
     assert same(there_and_back(body), body)
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainfleet.net.wire import MAX_PIECES, BlockingWire, Ended, PolledWire, Stalled, open_wire, slices
@@ -21,7 +21,6 @@ def ends(request):
 
 
 @given(st.lists(st.integers(0, 300), max_size=30), st.integers(1, 200))
-@settings(deadline=None)
 def test_slices_are_the_arrays_padded(sizes, num_bytes):
     arrays = [np.full(size, place + 1, np.uint8) for place, size in enumerate(sizes)]
     parts = list(slices(arrays, num_bytes))

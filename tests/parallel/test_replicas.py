@@ -35,7 +35,7 @@ def numbers(dtype: torch.dtype, size: int, seed: int) -> Tensor:
     return torch.randint(2, (size,), generator=generator).to(dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(DTYPES), st.integers(1, 70), st.integers(0, 1 << 16), st.data())
 def test_any_flipped_bit_shows(dtype: torch.dtype, size: int, seed: int, data: Any) -> None:
     tensor = numbers(dtype, size, seed)
@@ -46,7 +46,7 @@ def test_any_flipped_bit_shows(dtype: torch.dtype, size: int, seed: int, data: A
     assert digest(tensor) != before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(2, 3000), st.data())
 def test_any_two_swapped_numbers_show(dtype: torch.dtype, size: int, data: Any) -> None:
     tensor = numbers(dtype, size, 1)

@@ -229,7 +229,7 @@ JSON = st.recursive(
 WORDS = st.sampled_from(["ask", "forget", "alive", "bye", "offer", "", "answer"])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     WORDS,
     st.fixed_dictionaries({}, optional={"task": JSON, "terms": JSON, "more": JSON}),

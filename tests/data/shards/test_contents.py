@@ -61,7 +61,7 @@ JSON = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(name=st.sampled_from(["format", "num_bytes", "keys", "endings", "first", "ending", "begin", "size"]), value=JSON)
 def test_garbled_contents_are_not_believed(name, value):
     contents, data = found({"a.jpg": b"1", "b.jpg": b"2", "b.cls": b"3"})

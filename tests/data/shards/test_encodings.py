@@ -70,7 +70,7 @@ def test_images_have_one_of_a_few_modes():
 ENCODINGS = ["bytes", "str", "int", "json", "str_int", "str_float", "str_decimal", "jpeg", "png", "pil", "ndarray"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.binary(max_size=80), encoding=st.sampled_from([*ENCODINGS, "ndarray:int16", "float16"]))
 def test_any_bytes_are_decoded_or_refused(data, encoding):
     with contextlib.suppress(DataError):

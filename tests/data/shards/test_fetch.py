@@ -98,7 +98,7 @@ def test_packed_data_that_end_early_or_are_none_are_damaged(tmp_path, compressio
 
 
 @pytest.mark.parametrize("compression", ["gz", "bz2", "zstd"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(parts=st.lists(st.binary(max_size=5000), max_size=3), piece=st.integers(1, 3000))
 def test_unpacking_in_pieces_of_any_size_gives_the_whole(compression, parts, piece):
     packed = b"".join(PACKERS[compression](part) for part in parts)

@@ -153,7 +153,7 @@ def test_each_shard_is_fetched_once_an_epoch_where_the_window_fits(tmp_path):
     assert 8_000 < used(tmp_path / "cache") <= 12_000
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=60), sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_cutting_a_sample_gives_all_of_it_or_says_that_it_is_damaged(data, sizes):
     try:
@@ -170,7 +170,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_an_index_with_anything_in_it_is_read_or_refused(data, tmp_path_factory):
     folder = INDEX.setdefault("folder", None) or write_mds(tmp_path_factory.mktemp("fuzz"), samples=9)
@@ -193,7 +193,7 @@ def test_an_index_with_anything_in_it_is_read_or_refused(data, tmp_path_factory)
 INDEX: dict = {}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_a_shard_without_hash_breaks_nothing_else(at, bit, tmp_path_factory):
     folder = INDEX.get("flips") or write_mds(tmp_path_factory.mktemp("flips"), samples=8, hashes=())

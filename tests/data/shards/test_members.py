@@ -48,7 +48,7 @@ def test_folders_and_links_have_no_bytes_here():
     assert found(tarred(dict.fromkeys(["f", "s", "l", "p"], b""), change=change)) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cut=st.integers(0, 10_239))
 @example(cut=BLOCK * 2)
 def test_an_archive_that_is_cut_off_anywhere_is_damaged(cut):
@@ -61,7 +61,7 @@ def test_an_archive_that_is_cut_off_anywhere_is_damaged(cut):
         assert len(found(data[:cut])) == 4
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_garbled_headers_give_places_within_the_archive_or_are_said(changes):
     data = bytearray(tarred(FILES))

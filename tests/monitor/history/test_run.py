@@ -199,7 +199,7 @@ _ROWS = st.sampled_from(_EVENTS).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(_ROWS, max_size=8))
 def test_whatever_a_file_holds_it_is_read_and_shown(rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def write(path: Path, *events: Event) -> None:
     log.close()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(events, max_size=25), st.booleans())
 def test_it_gives_what_reading_all_into_memory_gives(written: list[Event], torn: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
