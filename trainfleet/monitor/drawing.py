@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainfleet.deps import installed, require
-from trainfleet.errors import StoreError
+from trainfleet.store import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,20 +55,9 @@ def new_figure(height: float = 5.6) -> Figure:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Put the picture in place of an older one, wholly or not at all; StoreError where that cannot be.
-
-    It waits for no disk: a run draws while it trains.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Put the picture in place of an older one, wholly or not at all; StoreError where that cannot be."""
+    with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)
-        unfinished.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def make_calm(axes: Axes) -> None:

@@ -4,6 +4,7 @@ runs/NAME/
   recipe.yaml        every setting as it was resolved
   environment.json   versions, machine and command, one entry a start
   metrics.jsonl      every event
+  brief.json         the run in a line, once it was listed, where reading it again would take long
   metrics.csv        every number, where monitor.csv asks for it
   loss.png           the curve
   samples.txt        what the model generated
@@ -28,7 +29,7 @@ from typing import Any
 import psutil
 
 from trainfleet.errors import StoreError
-from trainfleet.store import HOLD, FileStore, Hold
+from trainfleet.store import HOLD, FileStore, Hold, replacing
 
 PACKAGES = ("trainfleet", "torch", "numpy", "pydantic", "safetensors", "pyarrow", "transformers", "datasets")
 """Those whose versions can change what a run computes."""
@@ -42,6 +43,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.brief = self.path / "brief.json"
         self.csv = self.path / "metrics.csv"
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
@@ -123,11 +125,5 @@ def _versions() -> dict[str, str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as exc:
-        raise StoreError(f"{path} cannot be written: {exc.strerror or exc}.") from exc
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainfleet.store.file import FileStore, write_file
 from trainfleet.store.hold import HOLD, holder
 from trainfleet.store.memory import MemoryStore
+from trainfleet.store.replacing import replacing
 from trainfleet.store.store import Buffer, Hold, OpenBytes, Store
 from trainfleet.store.url import open_store
 
@@ -18,5 +19,6 @@ __all__ = [
     "Store",
     "holder",
     "open_store",
+    "replacing",
     "write_file",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainfleet.deps import require
+from trainfleet.monitor.drawing import GRAY, INK, make_calm, need_matplotlib, new_figure, write_png
 from trainfleet.monitor.profiling.holdings import KINDS
 from trainfleet.monitor.profiling.memory_report import MemoryReport, Timeline
 from trainfleet.monitor.units import readable_bytes, readable_duration
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GRAY = "#333333", "#8a8a8a"
 COLORS = {
     "parameters": "#3b6fb6",
     "gathered": "#8fb0d9",
@@ -33,24 +32,16 @@ LEAST_WIDTH = 0.04
 
 
 def write_memory_picture(report: MemoryReport, path: Path) -> None:
-    """Put the picture (a PNG) in place of an older one. DependencyError without matplotlib."""
-    require("matplotlib", "monitor", purpose="The picture of the memory")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        draw_memory(report).savefig(unfinished, format="png", dpi=130)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Put the picture (a PNG) in place of an older one. DependencyError without matplotlib, StoreError as usual."""
+    need_matplotlib("The picture of the memory")
+    write_png(draw_memory(report), path)
 
 
 def draw_memory(report: MemoryReport) -> Figure:
     """Live bytes over the seconds of the step, stacked by kind, the peak marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(9, 4.6), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6)
     axes = figure.add_subplot()
     rank = f", rank {report.rank}" if report.rank else ""
     title = f"memory of step {report.step}{rank} on {report.device}   peak {readable_bytes(report.peak_bytes)}"
@@ -69,9 +60,9 @@ def draw_memory(report: MemoryReport) -> Figure:
     _mark_phases(axes, line)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value) if value else "0"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _time(value)))
+    make_calm(axes)
     axes.set_ylim(0, report.peak_bytes * 1.12 or 1)
     axes.set_xlim(0, _width(line))
-    _make_calm(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
@@ -128,13 +119,3 @@ def _merged(phases: tuple[tuple[str, float, float], ...]) -> list[tuple[str, flo
 
 def _time(seconds: float) -> str:
     return readable_duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
-
-
-def _make_calm(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GRAY)
-    axes.tick_params(colors=INK, labelsize=8, color=GRAY, which="both")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)

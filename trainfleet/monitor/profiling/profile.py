@@ -11,6 +11,7 @@ from trainfleet.monitor.profiling.memory_report import MemoryReport, aligned
 from trainfleet.monitor.profiling.operators import module_table, operator_table
 from trainfleet.monitor.profiling.torch_profiler import new_profiler
 from trainfleet.stopwatch import PHASES
+from trainfleet.store import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,15 +71,11 @@ class Profile:
         return was_recording
 
     def write(self, trace: Path) -> None:
-        """The trace, as JSON in gzip, in place of an older one. OSError where it cannot be written."""
-        unfinished = trace.with_name(f".unfinished-{trace.name}")
-        try:
+        """The trace, as JSON in gzip, in place of an older one. StoreError where it cannot be written."""
+        with replacing(trace) as unfinished:
             self._profiler.export_chrome_trace(str(unfinished))
             if not unfinished.is_file():
-                raise OSError(f"torch could not write {unfinished}")
-            unfinished.replace(trace)
-        finally:
-            unfinished.unlink(missing_ok=True)
+                raise OSError("torch could not export it")
 
     def memory_report(self) -> MemoryReport:
         """The memory of all that was recorded, as one step."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trainfleet.batch import Batch
 from trainfleet.errors import DataError
+from trainfleet.store import replacing
 from trainfleet.training.inspection.fields import places_of
 from trainfleet.training.inspection.finding import Finding
 
@@ -113,14 +113,10 @@ def _first(structure: Sequence[Sequence[str]]) -> str:
 
 
 def _tried(path: Path, write: Any) -> bool:
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            write(unfinished)
     except Exception as error:  # also of the library that writes: a full disk must not end the run
-        logger.warning("%s could not be written: %s. The run goes on.", path, getattr(error, "strerror", None) or error)
-        with suppress(OSError):
-            unfinished.unlink()
+        logger.warning("The finding is not kept: %s. The run goes on.", str(error).rstrip("."))
         return False
     return True

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
-from trainfleet.errors import DependencyError
+from trainfleet.errors import DependencyError, StoreError
 from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import MemoryProfiler, MemoryReport, RunFolder
 from trainfleet.monitor.profiling.memory_picture import write_memory_picture
@@ -17,6 +17,7 @@ from trainfleet.monitor.profiling.step_range import StepRange
 from trainfleet.monitor.units import readable_bytes
 from trainfleet.parallel import Engine
 from trainfleet.stopwatch import timed
+from trainfleet.store import replacing
 from trainfleet.training.watchers.watcher import Judgement, UnderWay, Watcher
 
 logger = logging.getLogger(__name__)
@@ -103,12 +104,13 @@ class MemoryWatch(Watcher):
         path = self._folder.memory / f"step_{report.step:06}.json"
         text = "\n".join([f"step {report.step}, rank {report.rank}, {report.device}", str(report), *_others(totals)])
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-            path.write_text(json.dumps({**report.to_json(), "ranks": list(totals)}) + "\n", encoding="utf-8")
+            with replacing(path.with_suffix(".txt")) as unfinished:
+                unfinished.write_text(text + "\n", encoding="utf-8")
+            with replacing(path) as unfinished:
+                unfinished.write_text(json.dumps({**report.to_json(), "ranks": list(totals)}) + "\n", encoding="utf-8")
             write_memory_picture(report, self._folder.memory_picture)
-        except OSError as exc:
-            logger.warning("The memory report %s cannot be written: %s. The run goes on.", path, exc.strerror or exc)
+        except StoreError as exc:
+            logger.warning("The memory report is not kept: %s The run goes on.", exc)
         except DependencyError as exc:
             logger.warning("%s The report is written without it.", exc)
 

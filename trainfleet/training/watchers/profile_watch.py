@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from trainfleet.batch import Batch
 from trainfleet.comm.group import Group
-from trainfleet.errors import DependencyError
+from trainfleet.errors import DependencyError, StoreError
 from trainfleet.events import Event, Noted, RunStarted, StepEnded
 from trainfleet.monitor import RunFolder
 from trainfleet.monitor.profiling.memory_picture import write_memory_picture
@@ -16,6 +16,7 @@ from trainfleet.monitor.profiling.profile import Profile
 from trainfleet.monitor.profiling.step_range import ProfileConfig
 from trainfleet.parallel import Engine
 from trainfleet.stopwatch import timed
+from trainfleet.store import replacing
 from trainfleet.training.watchers.watcher import Watcher
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,8 @@ class ProfileWatch(Watcher):
             if not profile.stop():
                 return
             self._write(profile)
-        except OSError as exc:
-            logger.warning(
-                "The profile in %s cannot be written: %s. The run goes on.", self._folder.profile, exc.strerror or exc
-            )
+        except StoreError as exc:
+            logger.warning("The profile is not whole: %s The run goes on.", exc)
         except Exception:  # like an observer's, its failure does not stop a run
             logger.warning("The profile could not be made; the run goes on.", exc_info=True)
         else:
@@ -103,10 +102,10 @@ class ProfileWatch(Watcher):
 
     def _write(self, profile: Profile) -> None:
         folder, rank = self._folder.profile, self._group.rank
-        folder.mkdir(parents=True, exist_ok=True)
         profile.write(folder / f"rank_{rank}.json.gz")
         if rank == 0:
-            (folder / "operators.txt").write_text(profile.operators(), encoding="utf-8")
+            with replacing(folder / "operators.txt") as unfinished:
+                unfinished.write_text(profile.operators(), encoding="utf-8")
             try:
                 write_memory_picture(profile.memory_report(), folder / "memory.png")
             except DependencyError as exc:
