@@ -34,26 +34,19 @@ def list_(
     as_json: bool = AS_JSON,
 ) -> None:
     """The runs in a folder and below it, the newest last: how far they came, how fast, and how they ended."""
-    from trainfleet.monitor.history import figures, read_run
+    from trainfleet.monitor.history import read_brief
 
     if not folder.is_dir():
         raise StoreError(f"There is no folder {folder}.", hint="Name the folder in which your runs are.")
-    found: list[History | tuple[Path, str]] = []
+    found: list[Mapping[str, Any]] = []
     for path in _runs_below(folder):
         try:
-            found.append(read_run(path))
+            found.append(read_brief(path))
         except TrainfleetError as error:  # one run that cannot be read must not hide the others
-            found.append((path, f"not readable: {error}"))
-    found.sort(key=lambda each: (each.starts[-1].time if each.starts else 0.0) if not isinstance(each, tuple) else 0.0)
+            found.append({"folder": str(path), "end": f"not readable: {error}"})
+    found.sort(key=lambda each: each.get("went_on", 0.0))
     if as_json:
-        print_json(
-            [
-                {"folder": str(each[0]), "end": each[1]}
-                if isinstance(each, tuple)
-                else {"folder": str(each.folder), "started": _started(each), **figures(each)}
-                for each in found
-            ]
-        )
+        print_json(found)
     elif found:
         head = ("run", "started", "steps", "loss", "validation", "tokens/s", "goodput", "time", "")
         print_table(head, [_row(each) for each in found], right=_RIGHT)
@@ -142,35 +135,24 @@ def _runs_below(folder: Path, depth: int = 0) -> Iterator[Path]:
             yield from _runs_below(path, depth + 1)
 
 
-def _row(run: History | tuple[Path, str]) -> tuple[str, ...]:
+def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
     from trainfleet.cli.run_page import when
-    from trainfleet.monitor.history import figures
     from trainfleet.monitor.units import readable_duration, readable_loss, readable_rate
 
-    if isinstance(run, tuple):
-        return (str(run[0]), "", "", "", "", "", "", "", run[1])
-    found = {name: value for name, value in figures(run).items() if isinstance(value, (int, float))}
-
     def word(name: str, say: Any) -> str:
-        return say(found[name]) if name in found else ""
+        return say(run[name]) if run.get(name) is not None else ""
 
-    of = f"/{found['planned_steps']:,}" if "planned_steps" in found else ""
     return (
-        str(run.folder),
-        when(_started(run)),
-        f"{run.last_step:,}{of}",
+        run["folder"],
+        word("started", when),
+        word("steps", "{:,}".format) + word("planned_steps", "/{:,}".format),
         word("loss", readable_loss),
         word("validation_loss", readable_loss),
         word("tokens_per_second", readable_rate),
         word("goodput", lambda share: f"{100 * share:.0f}%"),
         word("wall_seconds", readable_duration),
-        run.end if len(run.end) <= 60 else f"{run.end[:59]}…",
+        f"{run['end'][:59]}…" if len(run["end"]) > 60 and "started" in run else run["end"],
     )
-
-
-def _started(run: History) -> float:
-    """The first start; 0 where there is none."""
-    return run.starts[0].time if run.starts else 0.0
 
 
 def _plain(run: History) -> Mapping[str, Any]:
