@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from trainfleet.errors import StoreError  # noqa: E402
 from trainfleet.monitor.profiling.profile import Profile  # noqa: E402
 from trainfleet.stopwatch import Stopwatch, timed  # noqa: E402
 
@@ -51,10 +52,18 @@ def test_one_that_is_ended_while_it_warms_up_recorded_nothing_and_frees_the_prof
     assert "1 step;" in again.operators()
 
 
-def test_a_disk_that_is_full_is_an_error_and_leaves_no_half_a_trace(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_an_error_and_leaves_no_half_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = Profile()
     profile.start(warm_up=False)
     torch.ones(3) + 1
     profile.stop()
-    with pytest.raises(OSError):
-        profile.write(tmp_path / "missing" / "rank_0.json.gz")
+    (tmp_path / "rank_0.json.gz").mkdir()
+    with pytest.raises(StoreError, match=r"rank_0\.json\.gz cannot be written: "):
+        profile.write(tmp_path / "rank_0.json.gz")
+    with monkeypatch.context() as full:
+        full.setattr(profile._profiler, "export_chrome_trace", lambda path: None)
+        with pytest.raises(StoreError, match="torch could not export it"):
+            profile.write(tmp_path / "rank_1.json.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_0.json.gz"]

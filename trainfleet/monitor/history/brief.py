@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainfleet import __version__
 from trainfleet.errors import StoreError
 from trainfleet.monitor.history.figures import figures
 from trainfleet.monitor.history.run import read_run
@@ -42,7 +42,7 @@ def _state_of(metrics: Path) -> dict[str, Any] | None:
         found = metrics.stat()
     except OSError:
         return None
-    return {"bytes": found.st_size, "changed_ns": found.st_mtime_ns, "version": __version__}
+    return {"bytes": found.st_size, "changed_ns": found.st_mtime_ns, "version": version("trainfleet")}
 
 
 def _kept(file: Path, read: dict[str, Any]) -> dict[str, Any] | None:
