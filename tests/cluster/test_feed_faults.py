@@ -18,11 +18,8 @@ def test_every_sample_once_an_epoch_and_the_same_weights(tmp_path, faults, seed)
 
 def test_a_peer_without_leases_loses_samples_in_the_same_harness(tmp_path):
     """The harness can tell: it is no proof if nothing ever fails it. What a fault hits is up to the moment."""
-    lost = doubled = 0
-    for seed in range(4):
-        outcome = run_with_faults(tmp_path / str(seed), faults=5, seed=seed, peer=True, seconds_a_sample=0.001)
-        assert not (outcome.same_weights and outcome.lost + outcome.doubled)
-        lost, doubled = lost + outcome.lost, doubled + outcome.doubled
-        if lost and doubled:
-            return
-    raise AssertionError(f"{lost} samples were lost and {doubled} came twice")
+    outcomes = (
+        run_with_faults(tmp_path / str(seed), faults=5, seed=seed, peer=True, seconds_a_sample=0.001)
+        for seed in range(4)
+    )
+    assert any(outcome.lost > 0 and outcome.doubled > 0 and not outcome.same_weights for outcome in outcomes)

@@ -21,30 +21,39 @@ from trainfleet.errors import PeerError
 SOON = timedelta(seconds=0.5)
 
 
-def late(operation: str) -> str:
-    """Rank 0 waits for a rank that does not come until this is over, in a group that is not used again."""
+def late(operation: str) -> tuple[str, float]:
+    """What rank 0 is told, and after how many seconds, where rank 1 does not come until this is over."""
     group = TorchGroup(dist.new_group([0, 1]), name="dp_shard")
     if dist.get_rank() == 1:
         dist.barrier()
-        return ""
+        return "", 0.0
     began = time.monotonic()
     with pytest.raises(PeerError) as caught:
         if operation == "barrier":
             group.barrier(SOON)
         else:
             group.all_reduce_(torch.ones(2)).wait(SOON)
-    assert time.monotonic() - began < 5
+    seconds = time.monotonic() - began
     dist.barrier()
-    return str(caught.value)
+    return str(caught.value), seconds
+
+
+def told_in_time(ranks, operation: str) -> str:
+    """Each time in a group that is not used again. The machine may be busy elsewhere twice, not three times."""
+    for _ in range(3):
+        sentence, seconds = ranks(2, late, operation)[0]
+        if seconds < 1.4:
+            return sentence
+    raise AssertionError(f"the sentence took {seconds:.1f} s: {sentence}")
 
 
 def test_a_collective_ends_at_its_deadline_and_names_rank_axis_and_call(ranks):
-    sentence = ranks(2, late, "all_reduce_")[0]
+    sentence = told_in_time(ranks, "all_reduce_")
     assert sentence.startswith("Rank 0 of 2 along dp_shard: all_reduce_ failed after 0.5 s, because a peer is gone")
 
 
 def test_a_barrier_names_the_ranks_that_did_not_come(ranks):
-    sentence = ranks(2, late, "barrier")[0]
+    sentence = told_in_time(ranks, "barrier")
     assert "barrier failed" in sentence
     assert "Ranks 1 failed to pass monitoredBarrier" in sentence
 
