@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trainfleet.errors import StoreError
 from trainfleet.events import RunEnded
 from trainfleet.monitor.history import figures, read_brief, read_run
+from trainfleet.monitor.history.brief import _kept
 from trainfleet.monitor.jsonl import JsonLines
 from trainfleet.monitor.run_folder import RunFolder
 
@@ -74,29 +75,34 @@ def test_where_it_cannot_be_kept_it_is_told(long_run: RunFolder) -> None:
 
 def test_what_another_version_kept_is_not_taken(long_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     read_brief(long_run.path)
-    monkeypatch.setattr("trainfleet.monitor.history.brief.version", lambda name: "0.0")
+    monkeypatch.setattr("trainfleet.monitor.history.brief.installed", lambda name: "0.0")
     not_read_again(monkeypatch)
     with pytest.raises(AssertionError, match="is read again"):
         read_brief(long_run.path)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["of", "brief", "end"]), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["brief", "sha256", "end"]), inner),
     max_leaves=6,
 )
 
 
 @given(JSON | st.binary(max_size=20))
 def test_what_is_none_of_ours_is_not_taken(tmp_path_factory: pytest.TempPathFactory, found: Any) -> None:
-    from trainfleet.monitor.history.brief import _kept
-
     file = tmp_path_factory.getbasetemp() / f"brief-{os.getpid()}.json"
     file.write_bytes(found if isinstance(found, bytes) else json.dumps(found).encode())
     assert _kept(file, {"bytes": 1}) is None
-    file.write_text(json.dumps({"of": {"bytes": 1}, "brief": {"end": "finished", "steps": found}}, default=repr))
-    kept = _kept(file, {"bytes": 1})
-    assert (kept is not None) == (found is None or isinstance(found, (int, float)))
+
+
+def test_a_flipped_bit_anywhere_is_seen(long_run: RunFolder) -> None:
+    told = read_brief(long_run.path)
+    whole = long_run.brief.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 7
+        long_run.brief.write_bytes(damaged)
+        assert read_brief(long_run.path) == told
 
 
 def test_what_is_no_run_is_refused_as_ever(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trainfleet.deps import installed
 from trainfleet.errors import StoreError
 from trainfleet.monitor.history.figures import figures
 from trainfleet.monitor.history.run import read_run
@@ -32,7 +33,8 @@ def read_brief(path: str | Path) -> dict[str, Any]:
         found = {"started": started, "went_on": went_on, **figures(run)}
         if read and read["bytes"] >= KEPT_FROM_BYTES and run.running is None and _state_of(files.metrics) == read:
             with contextlib.suppress(StoreError), replacing(files.brief) as unfinished:
-                unfinished.write_text(json.dumps({"of": read, "brief": found}, indent=2) + "\n")
+                kept = {"brief": found, "sha256": _digest(read, found)}
+                unfinished.write_text(json.dumps(kept, indent=2) + "\n")
     return {"folder": str(files.path), **found}
 
 
@@ -42,15 +44,17 @@ def _state_of(metrics: Path) -> dict[str, Any] | None:
         found = metrics.stat()
     except OSError:
         return None
-    return {"bytes": found.st_size, "changed_ns": found.st_mtime_ns, "version": version("trainfleet")}
+    return {"bytes": found.st_size, "changed_ns": found.st_mtime_ns, "version": installed("trainfleet")}
 
 
 def _kept(file: Path, read: dict[str, Any]) -> dict[str, Any] | None:
     try:
         kept = json.loads(file.read_bytes())
-        end, numbers = kept["brief"].pop("end"), kept["brief"]
-        is_ours = kept["of"] == read and isinstance(end, str)
-        is_ours = is_ours and all(value is None or isinstance(value, (int, float)) for value in numbers.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found: dict[str, Any] = kept["brief"]
+        return found if kept["sha256"] == _digest(read, found) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return {"end": end, **numbers} if is_ours else None
+
+
+def _digest(read: dict[str, Any], found: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([read, found]).encode()).hexdigest()
