@@ -117,6 +117,6 @@ def _tried(path: Path, write: Any) -> bool:
         with replacing(path) as unfinished:
             write(unfinished)
     except Exception as error:  # also of the library that writes: a full disk must not end the run
-        logger.warning("The finding is not kept: %s. The run goes on.", str(error).rstrip("."))
+        logger.warning("Of the finding %s is not kept: %s. The run goes on.", path.name, str(error).rstrip("."))
         return False
     return True
